@@ -1,0 +1,1 @@
+"""The anarcho command: raw text to a trained language model."""

@@ -1,0 +1,1 @@
+"""One GPT with the Hugging Face directory format, for PyTorch and MLX."""

@@ -1,0 +1,1 @@
+"""Metrics, memory, throughput, progress and early stopping for training runs."""

@@ -1,0 +1,1 @@
+"""Muon and AdamW in one optimizer, with learning-rate schedules."""

@@ -1,0 +1,1 @@
+"""The training loop, its stages and its exact checkpoints, for any model."""
