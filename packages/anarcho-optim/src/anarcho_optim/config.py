@@ -1,0 +1,76 @@
+"""The optimizer's settings, free of any framework, so that a configuration can be read and checked without loading one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from anarcho_optim.coefficients import variant
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Muon for the matrices of the blocks, AdamW for everything else, under one learning-rate schedule."""
+
+    lr: float = 2e-3
+    """Learning rate of the Muon half at the top of the schedule."""
+    adamw_lr: float | None = None
+    """Learning rate of the AdamW half at the top of the schedule; left out, the same as `lr`."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of the matrices: each step multiplies them by 1 - lr * weight_decay."""
+    adamw_weight_decay: float = 0.0
+    """Decoupled weight decay of embeddings and output heads; gains and biases are never decayed."""
+    momentum: float = 0.95
+    """Muon's momentum."""
+    nesterov: bool = True
+    """Whether Muon looks ahead along the momentum."""
+    variant: Literal["jordan", "polar-express"] = "polar-express"
+    """Newton-Schulz coefficients."""
+    adjust_lr_fn: Literal["original", "match_rms_adamw", "spectral"] = "match_rms_adamw"
+    """How the update is scaled for a matrix's shape; `match_rms_adamw` lets one learning rate serve both halves."""
+    ns_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Arithmetic of the Newton-Schulz iteration; `auto` takes bfloat16 where it is native and float32 elsewhere."""
+    beta1: float = 0.9
+    """AdamW's decay of the mean of gradients."""
+    beta2: float = 0.95
+    """AdamW's decay of the mean of squared gradients."""
+    eps: float = 1e-10
+    """AdamW's guard of the denominator."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Shape of the learning rate after the warm-up."""
+    warmup_steps: int = 100
+    """Optimizer steps of linear warm-up."""
+    decay_fraction: float = 0.2
+    """Share of all steps that the `wsd` schedule spends on its final linear decay."""
+    final_lr_fraction: float = 0.1
+    """Learning rate at the last step as a fraction of the top."""
+    momentum_warmup_steps: int = 0
+    """Steps over which Muon's momentum rises linearly from 0.85 to `momentum`; 0 keeps it constant."""
+
+    def __post_init__(self) -> None:
+        variant(self.variant)
+        positive = {"lr": self.lr, "eps": self.eps} | ({} if self.adamw_lr is None else {"adamw_lr": self.adamw_lr})
+        for name, value in positive.items():
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"optim.{name} is {value}; expected a positive number")
+        for name in ("weight_decay", "adamw_weight_decay"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"optim.{name} is {getattr(self, name)}; expected zero or a positive number")
+        for name in ("momentum", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optim.{name} is {getattr(self, name)}; expected a number of at least 0 and below 1")
+        for name in ("decay_fraction", "final_lr_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"optim.{name} is {getattr(self, name)}; expected a fraction between 0 and 1")
+        for name in ("warmup_steps", "momentum_warmup_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optim.{name} is {getattr(self, name)}; expected zero or more steps")
+        choices = {
+            "adjust_lr_fn": ("original", "match_rms_adamw", "spectral"),
+            "ns_dtype": ("auto", "float32", "bfloat16", "float16"),
+            "schedule": ("cosine", "linear", "wsd", "constant"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"optim.{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
