@@ -1,4 +1,6 @@
-"""Coefficients of the odd quintic Newton-Schulz iterations that Muon uses, one row ``(a, b, c)`` per step of ``X <- aX + b(XX')X + c(XX')^2 X``.
+"""Coefficients of the odd quintic Newton-Schulz iterations that Muon uses.
+
+One row ``(a, b, c)`` is one step of ``X <- aX + b(XX')X + c(XX')^2 X``.
 
 Notable: ``polar-express`` is the optimal composition for singular values in [1e-3, 1] computed in bfloat16; its safety factor divides the
 input, so that rounding cannot push a singular value past the interval in which the iteration converges.

@@ -18,7 +18,7 @@ class OptimConfig:
     adamw_lr: float | None = None
     """Learning rate of the AdamW half at the top of the schedule; left out, the same as `lr`."""
     weight_decay: float = 0.1
-    """Decoupled weight decay of the matrices: each step multiplies them by 1 - lr * weight_decay."""
+    """Decoupled weight decay of the matrices: each step multiplies them by `1 - lr * weight_decay`."""
     adamw_weight_decay: float = 0.0
     """Decoupled weight decay of embeddings and output heads; gains and biases are never decayed."""
     momentum: float = 0.95
