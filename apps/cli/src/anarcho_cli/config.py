@@ -1,0 +1,190 @@
+"""The configuration of a run: one section per package, from defaults, a preset, a TOML file and ``--set``, in that order.
+
+`resolve` merges the layers and checks them; `dumps` writes a configuration as TOML that `load` reads back as an equal
+value. Importing this module loads the packages' settings and pydantic, and neither torch nor mlx.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from anarcho_model import ModelConfig
+from anarcho_model.generate.sampling import SamplingConfig
+from anarcho_monitor import MonitorConfig
+from anarcho_optim import OptimConfig
+from anarcho_tokenize import DataConfig, TokenizerConfig
+from anarcho_train import TrainConfig
+
+from anarcho_cli import schema
+from anarcho_cli.layers import (
+    ConfigError,
+    Layer,
+    file_layer,
+    merge,
+    parse_layer,
+    preset_layer,
+    preset_names,
+    preset_text,
+    set_layer,
+    suggestion,
+)
+
+__all__ = [
+    "ConfigError",
+    "Layer",
+    "RunConfig",
+    "SampleConfig",
+    "dumps",
+    "json_schema",
+    "load",
+    "loads",
+    "preset_names",
+    "preset_text",
+    "resolve",
+]
+
+DEFAULT_PRESET = "quickstart"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(SamplingConfig):
+    """The sample of text at the end of a run: how it is drawn, and after which prompt."""
+
+    prompt: str = "The"
+    """Text that the sample continues; an empty string lets the model begin a document of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that defines a pre-training run, checked as a whole."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def __post_init__(self) -> None:
+        if self.sequence_length > self.model.context_length:
+            raise ConfigError(
+                f"train.sequence_length is {self.sequence_length}, longer than model.context_length "
+                f"{self.model.context_length}; shorten the sequence or raise the context length"
+            )
+        self.train.batch_sequences(self.sequence_length)
+        if self.model.vocab_size < self.tokenizer.vocab_size:
+            raise ConfigError(
+                f"model.vocab_size is {self.model.vocab_size}, smaller than tokenizer.vocab_size "
+                f"{self.tokenizer.vocab_size}; leave model.vocab_size out, it follows the tokenizer"
+            )
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens per training sequence: `train.sequence_length`, or the model's context length."""
+        return self.train.sequence_length or self.model.context_length
+
+    @property
+    def batch_sequences(self) -> int:
+        """Sequences per optimizer step."""
+        return self.train.batch_sequences(self.sequence_length)
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens that the whole run trains on, repetitions included."""
+        return self.train.steps * self.train.batch_tokens
+
+
+SECTIONS: dict[str, type] = typing.get_type_hints(RunConfig)
+
+
+def resolve(
+    *,
+    preset: str | None = DEFAULT_PRESET,
+    file: Path | None = None,
+    overrides: Sequence[str] = (),
+    options: Sequence[Layer] = (),
+) -> RunConfig:
+    """The configuration of defaults < ``preset`` < ``file`` < ``overrides`` (``--set`` texts) < ``options``.
+
+    ``options`` are layers of command-line options of their own, such as ``--data``. `model.vocab_size` follows
+    `tokenizer.vocab_size` unless a layer gives it, and `train.sequence_length` follows `model.context_length`.
+    Raises ConfigError (or the package's ValueError) in one sentence that names the layer and the key.
+    """
+    layers = [] if preset is None else [preset_layer(preset)]
+    layers += [] if file is None else [file_layer(file)]
+    return _from_layers([*layers, set_layer(overrides), *options])
+
+
+def loads(text: str, *, origin: str) -> RunConfig:
+    """The configuration of a TOML text over the defaults alone; ``origin`` names it in errors."""
+    return _from_layers([parse_layer(text, origin=origin)])
+
+
+def load(path: Path) -> RunConfig:
+    """The configuration of a TOML file over the defaults alone, such as a run's own `config.toml`."""
+    return _from_layers([file_layer(path)])
+
+
+def _from_layers(layers: Sequence[Layer]) -> RunConfig:
+    for layer in layers:
+        _check_names(layer)
+    sections, origins = merge(layers)
+    built: dict[str, Any] = {}
+    for section in sorted(SECTIONS, key=lambda name: name != "tokenizer"):
+        values = dict(sections.get(section, {}))
+        if section == "model":
+            values.setdefault("vocab_size", built["tokenizer"].vocab_size)
+        origin = {key: origins.get((section, key), "tokenizer.vocab_size") for key in values}
+        built[section] = schema.build(section, SECTIONS[section], values, origin)
+    if built["train"].sequence_length is None:
+        built["train"] = dataclasses.replace(built["train"], sequence_length=built["model"].context_length)
+    return RunConfig(**built)
+
+
+def _check_names(layer: Layer) -> None:
+    """Raise ConfigError where a layer names a section or a key that does not exist."""
+    for section, values in layer.sections.items():
+        if section not in SECTIONS:
+            raise ConfigError(
+                f"{layer.origin}: unknown section [{section}]{suggestion(section, SECTIONS)}; "
+                f"the sections are {', '.join(SECTIONS)}"
+            )
+        for key in values:
+            schema.check_key(SECTIONS, section, key, layer.origin)
+
+
+def to_dict(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """Section -> key -> value in TOML's own types; an absent value is written as "none"."""
+    return {
+        section: {key: _toml_value(value) for key, value in values.items()}
+        for section, values in dataclasses.asdict(config).items()
+    }
+
+
+def _toml_value(value: Any) -> Any:
+    if value is None:
+        return schema.NONE
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, tuple | list):
+        return [_toml_value(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _toml_value(item) for key, item in value.items()}
+    return value
+
+
+def dumps(config: RunConfig) -> str:
+    """The whole configuration as TOML; `loads` gives an equal value."""
+    return tomli_w.dumps(to_dict(config))
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of the configuration file."""
+    return schema.json_schema(SECTIONS, title="AnarchoBot run configuration")

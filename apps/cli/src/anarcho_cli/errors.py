@@ -1,0 +1,72 @@
+"""The error boundary: what a user did wrong becomes one sentence and exit status 2, never a traceback.
+
+The packages raise ValueError (or an OSError) whose message is a sentence for the user. A ValueError from inside a
+library says nothing to a user and is treated as a defect: exit status 1, and a hint at ``--debug``.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+BAD_INPUT = 2
+DEFECT = 1
+INTERRUPTED = 130
+
+
+class CommandGroup(TyperGroup):
+    """The root of the command line, with the boundary around whatever command runs."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise typer.Exit(INTERRUPTED) from error
+        except Exception as error:
+            # `format_message` marks Typer's own usage errors, which it reports itself with exit status 2.
+            if isinstance(error, typer.Exit | typer.Abort | BrokenPipeError) or hasattr(error, "format_message"):
+                raise
+            if ctx.params.get("debug"):
+                traceback.print_exception(error)
+            message, code = explain(error)
+            print(f"anarcho: error: {message}", file=sys.stderr)
+            raise typer.Exit(code) from error
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """One sentence and the exit status for an exception."""
+    if isinstance(error, OSError):
+        return _file_sentence(error), BAD_INPUT
+    if isinstance(error, ValueError) and _raised_by_us(error):
+        return " ".join(str(error).split()), BAD_INPUT
+    if isinstance(error, ImportError) and _missing_extra(error):
+        return _missing_extra(error), BAD_INPUT
+    summary = " ".join(str(error).split())
+    return f"unexpected {type(error).__name__}: {summary}; run again with `anarcho --debug ...` for details", DEFECT
+
+
+def _file_sentence(error: OSError) -> str:
+    """The message of an OSError, without the errno of those that the operating system raised."""
+    if error.strerror is None:
+        return " ".join(str(error).split())
+    reason = error.strerror[:1].lower() + error.strerror[1:]
+    return f"{error.filename}: {reason}" if error.filename is not None else reason
+
+
+def _raised_by_us(error: Exception) -> bool:
+    """Whether the code that raised the exception belongs to this project."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").split(".")[0].startswith("anarcho_")
+
+
+def _missing_extra(error: ImportError) -> str:
+    """How to install a back-end that is not there, or nothing where the import failed for another reason."""
+    if isinstance(error, ModuleNotFoundError) and error.name in ("torch", "mlx"):
+        return f"this command needs {error.name}, which is not installed; run `pip install 'anarcho-cli[{error.name}]'`"
+    return ""
