@@ -1,1 +1,37 @@
-"""Metrics, memory, throughput, progress and early stopping for training runs."""
+"""Metrics, memory, throughput, progress and early stopping for training runs.
+
+The training loop writes records to a `MetricSink`; metrics.jsonl, TensorBoard and the progress display are sinks. Importing
+this package loads neither torch nor mlx nor tensorboard: a reading or a sink that needs one loads it when it is made.
+"""
+
+from anarcho_monitor.config import MonitorConfig
+from anarcho_monitor.early_stopping import EarlyStopping
+from anarcho_monitor.errors import MonitorError
+from anarcho_monitor.memory import MemoryReading, SystemMemory, read_memory, read_system_memory
+from anarcho_monitor.metrics import MetricsLog, Point, next_attempt, read_curve, read_metrics, surviving_records
+from anarcho_monitor.progress import Progress
+from anarcho_monitor.sinks import MetricSink, Sinks
+from anarcho_monitor.tensorboard import TensorBoardSink
+from anarcho_monitor.throughput import Throughput, peak_flops
+
+__all__ = [
+    "EarlyStopping",
+    "MemoryReading",
+    "MetricSink",
+    "MetricsLog",
+    "MonitorConfig",
+    "MonitorError",
+    "Point",
+    "Progress",
+    "Sinks",
+    "SystemMemory",
+    "TensorBoardSink",
+    "Throughput",
+    "next_attempt",
+    "peak_flops",
+    "read_curve",
+    "read_memory",
+    "read_metrics",
+    "read_system_memory",
+    "surviving_records",
+]

@@ -1,0 +1,112 @@
+"""What a person sees, on a terminal and in a log file."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import pytest
+from anarcho_monitor import Progress
+from anarcho_monitor.progress import describe, format_count, format_seconds, printable
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_without_a_terminal_lines_come_first_then_at_intervals_and_at_the_end() -> None:
+    stream, clock = io.StringIO(), Clock()
+    progress = Progress(100, stream=stream, tokens_per_step=10, interval_seconds=10, clock=clock)
+    for step in range(1, 101):
+        clock.now += 1
+        progress.write("train", step=step, tokens=step * 10, loss=1.0)
+    steps = [line.split()[1] for line in stream.getvalue().splitlines()]
+    assert steps == [f"{step}/100" for step in [*range(1, 101, 10), 100]]
+
+
+def test_a_line_tells_loss_bits_per_byte_speed_memory_and_remaining_time() -> None:
+    stream = io.StringIO()
+    progress = Progress(100, stream=stream, tokens_per_step=1000, interval_seconds=0)
+    progress.write("validation", step=0, tokens=0, loss=2.0, bits_per_byte=1.5)
+    progress.write("train", step=40, tokens=40_000, loss=1.25, tokens_per_second=500.0, process_bytes=3 * 2**30)
+    assert stream.getvalue().splitlines()[-1] == (
+        "step 40/100  loss 1.2500  bits/byte 1.5000  500 tokens/s  3.0 GiB  2 min 0 s left"
+    )
+    progress.write("train", step=40, tokens=40_000, loss=math.nan, eta_seconds=30.0)
+    assert stream.getvalue().splitlines()[-1] == "step 40/100  loss nan  bits/byte 1.5000  30 s left"
+
+
+@pytest.mark.parametrize("make", [io.StringIO, Terminal])
+def test_every_other_kind_has_its_line(make: type[io.StringIO], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    stream = make()
+    progress = Progress(10, stream=stream, tokens_per_step=10)
+    progress.write("start", step=0, tokens=0, parameters=1234)
+    progress.write("train", step=1, tokens=10, loss=2.5)
+    progress.write("event", step=1, tokens=10, message="out of memory", micro_batch=4)
+    progress.write("sample", step=1, tokens=10, text="[bold]Call me", temperature=0.5)
+    progress.close()
+    progress.close()
+    shown = stream.getvalue()
+    assert "step 0  start: parameters 1234" in shown
+    assert "step 1  event: out of memory (micro_batch 4)" in shown
+    assert "step 1  sample (temperature 0.5):" in shown
+    assert "    [bold]Call me" in shown
+    assert "2.5000" in shown
+
+
+def test_a_terminal_gets_a_live_bar_and_a_file_gets_no_escape_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    shown = {}
+    for stream in (Terminal(), io.StringIO()):
+        progress = Progress(10, stream=stream, tokens_per_step=10)
+        progress.write("train", step=10, tokens=100, loss=2.5)
+        progress.close()
+        shown[type(stream)] = stream.getvalue()
+    assert "\x1b[" in shown[Terminal]
+    assert "10/10" in shown[Terminal]
+    assert "\x1b" not in shown[io.StringIO]
+
+
+def test_a_models_text_cannot_command_the_terminal() -> None:
+    hostile = "\x1b]0;owned\x07 \x9b31m a\rb \u202e\ttab\nline"
+    assert printable(hostile) == "\\x1b]0;owned\\x07 \\x9b31m a\\rb \\u202e\ttab\nline"
+    shown = describe("sample", 1, {"prompt": "\x1b[2J", "text": hostile})
+    assert not any(ord(char) < 32 and char not in "\n\t" for char in shown)
+
+
+def test_a_stream_that_lacks_a_character_shows_a_substitute() -> None:
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="ascii")
+    Progress(1, stream=stream, tokens_per_step=1).write("sample", step=1, tokens=1, text="naïve")
+    assert b"na?ve" in raw.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 0 s"),
+        (3_599, "59 min 59 s"),
+        (7_260, "2 h 1 min"),
+        (180_000, "2 d 2 h"),
+    ],
+)
+def test_durations_read_in_their_two_largest_units(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(7, "7"), (999, "999"), (1234, "1.23k"), (98_765, "98.8k"), (3.4e6, "3.4M")]
+)
+def test_counts_read_with_three_digits(count: float, text: str) -> None:
+    assert format_count(count) == text
