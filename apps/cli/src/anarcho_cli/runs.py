@@ -1,0 +1,47 @@
+"""Names and places of run directories."""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+from pathlib import Path
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+class RunError(ValueError):
+    """A run name or directory that cannot be used; the message is one sentence for the user."""
+
+
+def new_run_directory(runs: Path, name: str | None, *, preset: str, now: datetime | None = None) -> Path:
+    """The directory of a new run, which is not there yet; nothing is created.
+
+    Without a name it is the preset and the time, numbered where two runs start within one second.
+    Raises RunError for a name that is no plain folder name or is taken.
+    """
+    if runs.exists() and not runs.is_dir():
+        raise RunError(f"--runs-dir {runs} is a file; expected a directory")
+    if name is not None:
+        if not _NAME.fullmatch(name):
+            raise RunError(
+                f"--name {name!r} is not a run name; use letters, digits, '.', '_' and '-', beginning with a letter or digit"
+            )
+        if (runs / name).exists():
+            raise RunError(
+                f"the run {runs / name} exists already; choose another --name, or continue it with --resume {runs / name}"
+            )
+        return runs / name
+    stem = f"{preset}-{(now or datetime.now()):%Y%m%d-%H%M%S}"
+    number = 1
+    while (directory := runs / (stem if number == 1 else f"{stem}-{number}")).exists():
+        number += 1
+    return directory
+
+
+def existing_run(path: Path) -> Path:
+    """``path``, if it is a run that can be resumed; raises RunError where it is not."""
+    if not path.exists():
+        raise RunError(f"the run {path} is not there; expected the directory that a pretrain printed")
+    if not (path / "config.toml").is_file():
+        raise RunError(f"{path} is not a run (it has no config.toml); expected the directory that a pretrain printed")
+    return path
