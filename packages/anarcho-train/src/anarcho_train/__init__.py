@@ -1,5 +1,28 @@
-"""The training loop, its stages and its exact checkpoints, for any model."""
+"""The training loop, its stages and its exact checkpoints, for any model.
 
+``anarcho_train.steps.torch`` holds the PyTorch step; importing this package loads no framework.
+"""
+
+from anarcho_train.checkpoint import CheckpointError, CheckpointInfo, CheckpointStore, lock_run
 from anarcho_train.config import TrainConfig
+from anarcho_train.loop import Loop, TrainingDiverged, TrainResult, evaluate
+from anarcho_train.signals import StopSignal
+from anarcho_train.step import Batch, LossSum, Step, StepMetrics, StepSchedule
 
-__all__ = ["TrainConfig"]
+__all__ = [
+    "Batch",
+    "CheckpointError",
+    "CheckpointInfo",
+    "CheckpointStore",
+    "Loop",
+    "LossSum",
+    "Step",
+    "StepMetrics",
+    "StepSchedule",
+    "StopSignal",
+    "TrainConfig",
+    "TrainResult",
+    "TrainingDiverged",
+    "evaluate",
+    "lock_run",
+]

@@ -1,0 +1,235 @@
+"""Checkpoints that are either whole or absent, and that say themselves whether they are sound.
+
+Notable: a checkpoint is a directory written beside its final name, fsynced and renamed; ``manifest.json``, written last,
+lists every file with its size and SHA-256. Reading never executes anything: tensors are safetensors, everything else is JSON. The newest
+ones and the best one stay.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+FORMAT = 1
+MANIFEST_FILE = "manifest.json"
+STATE_FILE = "state.json"
+_NAME = re.compile(r"step-(\d{8,})")
+_PARTIAL = ".partial-"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file, what is wrong with it and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointInfo:
+    """What is known of one checkpoint directory."""
+
+    step: int
+    """Optimizer steps that had been made."""
+    path: Path
+    """Its directory."""
+    created_at: float
+    """When it was written, in seconds since 1970."""
+    bytes: int
+    """Size of all its files."""
+    validation_loss: float | None
+    """Validation loss at that step in nats per token, where one was measured."""
+    valid: bool
+    """Whether every file is what the manifest says."""
+    problem: str | None
+    """The first thing that is wrong, where something is."""
+
+
+class CheckpointStore:
+    """The checkpoints of one run, under ``directory``/step-00001000 and so on."""
+
+    def __init__(self, directory: Path, *, keep_last: int = 2) -> None:
+        self.directory = Path(directory)
+        self.keep_last = keep_last
+
+    def save(
+        self, step: int, write: Callable[[Path], None], *, state: dict[str, Any], hashes: dict[str, str] | None = None
+    ) -> Path:
+        """Writes the checkpoint of ``step`` and returns its directory; the newest valid one is the old or the new one at every instant.
+
+        ``write`` puts the files of model and optimizer into the directory that it is given; ``state`` is stored as ``state.json``,
+        ``hashes`` (of config, tokenizer, data) in the manifest.
+        """
+        final = self.directory / f"step-{step:08d}"
+        self.directory.mkdir(parents=True, exist_ok=True)
+        partial = self.directory / f".{final.name}{_PARTIAL}{os.getpid()}"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        write(partial)
+        (partial / STATE_FILE).write_text(
+            json.dumps({"format": FORMAT, "step": step, **state}, indent=1) + "\n", encoding="utf-8"
+        )
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "created_at": time.time(),
+            "hashes": hashes or {},
+            "files": {path.name: _describe(path) for path in sorted(partial.iterdir())},
+        }
+        (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        for path in (*partial.iterdir(), partial):
+            _fsync(path)
+        if final.exists():  # Only a damaged one, or one that a rollback has overtaken, can be in the way.
+            shutil.rmtree(final)
+        partial.rename(final)
+        _fsync(self.directory)
+        self._rotate()
+        return final
+
+    def list(self, *, check_hashes: bool = True) -> list[CheckpointInfo]:
+        """All checkpoints, oldest first, with their validity; without ``check_hashes`` only names and sizes are compared."""
+        return [self._info(path, check_hashes) for _, path in self._paths()]
+
+    def verify(self, path: Path, *, check_hashes: bool = True) -> list[str]:
+        """What is wrong with the checkpoint at ``path``, one sentence a finding; an empty list means that it is sound."""
+        try:
+            manifest = read_json(Path(path) / MANIFEST_FILE)
+        except CheckpointError as error:
+            return [str(error)]
+        files = manifest.get("files")
+        if manifest.get("format") != FORMAT or not isinstance(files, dict):
+            return [f"{path}/{MANIFEST_FILE} has format {manifest.get('format')!r}; expected {FORMAT}"]
+        return [
+            problem for name, entry in files.items() if (problem := _check_file(Path(path), name, entry, check_hashes))
+        ]
+
+    def latest_valid(self, *, notify: Callable[[str], None] = lambda message: None) -> Path | None:
+        """The newest sound checkpoint, or None; every damaged newer one is reported through ``notify``."""
+        for _, path in reversed(self._paths()):
+            problems = self.verify(path)
+            if not problems:
+                return path
+            notify(f"{problems[0]}; this checkpoint is passed over for an earlier one")
+        return None
+
+    def best(self) -> Path | None:
+        """The sound checkpoint with the lowest validation loss, or None where no checkpoint has one."""
+        scored = [info for info in self.list() if info.valid and info.validation_loss is not None]
+        return min(scored, key=lambda info: (info.validation_loss, info.step)).path if scored else None
+
+    def read_state(self, path: Path) -> dict[str, Any]:
+        """The content of a checkpoint's ``state.json``; raises `CheckpointError` if it cannot be read."""
+        return read_json(path / STATE_FILE)
+
+    def read_hashes(self, path: Path) -> dict[str, str]:
+        """The hashes of config, tokenizer and data that the checkpoint's manifest holds."""
+        return read_json(path / MANIFEST_FILE).get("hashes", {})
+
+    def sweep(self) -> list[Path]:
+        """Deletes what interrupted writes left behind and returns it; call it only while no other process writes here."""
+        orphans = sorted(self.directory.glob(f".step-*{_PARTIAL}*")) if self.directory.is_dir() else []
+        for orphan in orphans:
+            shutil.rmtree(orphan)
+        return orphans
+
+    def _paths(self) -> list[tuple[int, Path]]:
+        if not self.directory.is_dir():
+            return []
+        named = ((_NAME.fullmatch(path.name), path) for path in self.directory.iterdir() if path.is_dir())
+        return sorted((int(match[1]), path) for match, path in named if match)
+
+    def _info(self, path: Path, check_hashes: bool) -> CheckpointInfo:
+        problems = self.verify(path, check_hashes=check_hashes)
+        manifest: dict[str, Any] = {}
+        state: dict[str, Any] = {}
+        if not problems:
+            manifest, state = read_json(path / MANIFEST_FILE), self.read_state(path)
+        match = _NAME.fullmatch(path.name)
+        return CheckpointInfo(
+            step=int(match[1]) if match else -1,
+            path=path,
+            created_at=float(manifest.get("created_at", path.stat().st_mtime)),
+            bytes=sum(file.stat().st_size for file in path.iterdir() if file.is_file()),
+            validation_loss=state.get("validation_loss"),
+            valid=not problems,
+            problem=problems[0] if problems else None,
+        )
+
+    def _rotate(self) -> None:
+        """Deletes all but the newest `keep_last` sound checkpoints and the best one; damaged ones stay for a person to look at."""
+        sound = [info for info in self.list(check_hashes=False) if info.valid]
+        scored = [info for info in sound if info.validation_loss is not None]
+        keep = {info.path for info in sound[-self.keep_last :]}
+        if scored:
+            keep.add(min(scored, key=lambda info: (info.validation_loss, info.step)).path)
+        for info in sound:
+            if info.path not in keep:
+                doomed = info.path.with_name(f".{info.path.name}{_PARTIAL}old")
+                info.path.rename(doomed)  # A half-deleted checkpoint must never look like a damaged one.
+                shutil.rmtree(doomed)
+
+
+def lock_run(run_directory: Path) -> FileLock:
+    """Takes the lock of a run directory, so that one process at a time writes there; raises `CheckpointError` if another one holds it.
+
+    The lock is the operating system's, so a process that dies releases it. Call ``release()`` when done.
+    """
+    lock = FileLock(Path(run_directory) / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise CheckpointError(
+            f"{run_directory} is in use by another process; wait until that run ends or stop it, or start a run under another name"
+        ) from None
+    return lock
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; raises `CheckpointError` naming the file if it is missing or no such object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; this checkpoint is not whole") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); this checkpoint is damaged") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{path} holds a {type(value).__name__}; expected a JSON object: this checkpoint is damaged"
+        )
+    return value
+
+
+def _check_file(directory: Path, name: str, entry: Any, check_hashes: bool) -> str | None:
+    if Path(name).name != name or name in {".", ".."}:
+        return f"{directory}/{MANIFEST_FILE} names {name!r}; expected plain file names"
+    path = directory / name
+    if not isinstance(entry, dict) or path.is_symlink() or not path.is_file():
+        return f"{path} is missing or no regular file"
+    if path.stat().st_size != entry.get("size"):
+        return f"{path} has {path.stat().st_size} bytes; expected {entry.get('size')}: it is truncated or was changed"
+    if check_hashes and _sha256(path) != entry.get("sha256"):
+        return f"{path} has another SHA-256 than its manifest says: it is damaged or was changed"
+    return None
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

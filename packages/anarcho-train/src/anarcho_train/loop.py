@@ -1,0 +1,286 @@
+"""The loop of every stage: batches in, optimizer steps, evaluations and checkpoints out.
+
+Notable: the loop knows no framework, no model and no file format of theirs; it owns the order of things. Its whole state is a few
+integers (the step and what follows from it) and the early stopping's numbers, so a resumed run consumes exactly the samples that an
+uninterrupted one would.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from anarcho_train.checkpoint import CheckpointStore
+from anarcho_train.config import TrainConfig
+from anarcho_train.signals import StopSignal
+from anarcho_train.step import Batch, LossSum, Step, StepMetrics, StepSchedule
+
+MAX_SKIPPED_STEPS = 10
+"""So many steps in a row without a finite gradient end the run: it has diverged and would only burn time."""
+
+
+class TrainingBatches(Protocol):
+    """An endless, reproducible order of samples, addressed by number."""
+
+    def batch(self, first_sample: int, count: int) -> Batch:
+        """Samples ``first_sample`` to ``first_sample + count - 1`` of the global order."""
+        ...
+
+    def position(self, sample: int) -> dict[str, int]:
+        """Where the sample stands, as integers that a person can read (epoch, cursor)."""
+        ...
+
+
+class ValidationBatches(Protocol):
+    """Held-out text, every token once."""
+
+    num_windows: int
+    num_tokens: int
+    num_bytes: int
+
+    def batches(self, batch_size: int, *, max_windows: int | None = None) -> Iterator[Batch]:
+        """Batches of one fixed shape, padded with weight 0; at most ``max_windows`` rows, spread evenly over the text."""
+        ...
+
+
+class MetricSink(Protocol):
+    """Where measurements go."""
+
+    def write(self, kind: str, *, step: int, tokens: int, **values: Any) -> None:
+        """Records the values of one moment."""
+        ...
+
+
+class EarlyStopping(Protocol):
+    """Decides on the validation loss when to stop."""
+
+    best_value: float | None
+    best_step: int | None
+
+    def update(self, value: float, step: int) -> bool:
+        """Takes one validation loss; True means stop."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its numbers, as JSON."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores them."""
+        ...
+
+
+class TrainingDiverged(ValueError):
+    """The loss or the gradient was not finite for many steps in a row."""
+
+
+@dataclass(kw_only=True)
+class TrainResult:
+    """How a run ended."""
+
+    step: int
+    """Optimizer steps made, earlier attempts included."""
+    tokens: int
+    """Tokens consumed, earlier attempts included."""
+    validation_loss: float | None = None
+    """Last validation loss, in nats per token."""
+    bits_per_byte: float | None = None
+    """The same in bits per byte of text."""
+    best_step: int | None = None
+    """Step of the lowest validation loss."""
+    stopped_by: int | None = None
+    """Number of the signal that stopped the run early."""
+    checkpoint: Path | None = None
+    """The last checkpoint."""
+
+
+@dataclass(kw_only=True)
+class Loop:
+    """One run: what it needs, and `run`, which does it."""
+
+    step: Step
+    batches: TrainingBatches
+    validation: ValidationBatches | None
+    schedule: Callable[[int], StepSchedule]
+    config: TrainConfig
+    sequence_length: int
+    checkpoints: CheckpointStore
+    sink: MetricSink
+    early_stopping: EarlyStopping
+    hashes: dict[str, str] = field(default_factory=dict)
+    """Hashes of config, tokenizer and data, for the manifests."""
+    gauges: Callable[[], dict[str, float]] = dict
+    """Further values for each "train" record, such as memory readings."""
+
+    def __post_init__(self) -> None:
+        self._per_step = self.config.batch_sequences(self.sequence_length)
+        if self._per_step % self.config.micro_batch:
+            divisors = [d for d in range(1, self._per_step + 1) if self._per_step % d == 0]
+            nearest = min(divisors, key=lambda d: abs(d - self.config.micro_batch))
+            raise ValueError(
+                f"train.micro_batch is {self.config.micro_batch}, which does not divide the {self._per_step} sequences of a step; "
+                f"use {nearest}"
+            )
+        self._result = TrainResult(step=0, tokens=0)
+
+    def resume(self, checkpoint: Path) -> None:
+        """Restores the state of ``checkpoint``; raises `CheckpointError` or ValueError if it does not fit."""
+        state = self.checkpoints.read_state(checkpoint)
+        self.step.load(checkpoint)
+        self.early_stopping.load_state_dict(state["early_stopping"])
+        self._result = TrainResult(
+            step=int(state["step"]),
+            tokens=int(state["tokens"]),
+            validation_loss=state.get("validation_loss"),
+            bits_per_byte=state.get("bits_per_byte"),
+            best_step=self.early_stopping.best_step,
+            checkpoint=checkpoint,
+        )
+
+    def run(self) -> TrainResult:
+        """Trains up to the configured number of steps, or until early stopping or a signal, and returns how it ended."""
+        result, config = self._result, self.config
+        skipped = 0
+        window = _Window()
+        with StopSignal() as stop:
+            while result.step < config.steps:
+                metrics = self._train_step(window)
+                skipped = skipped + 1 if metrics.skipped else 0
+                last = result.step == config.steps
+                if last or result.step % config.log_every == 0:
+                    self._log(metrics, window)
+                    window = _Window()
+                if metrics.skipped:
+                    self._report_skip(metrics, skipped)
+                improved = finished = False
+                if self.validation and (last or (config.eval_every and result.step % config.eval_every == 0)):
+                    improved, finished = self._evaluate(whole=last)
+                    finished = finished and not last
+                due = config.checkpoint_every and result.step % config.checkpoint_every == 0
+                if last or due or improved or finished or stop.requested:
+                    self._save()
+                if finished:
+                    self._event("early stopping: the validation loss has not improved for too long")
+                    break
+                if stop.requested:
+                    result.stopped_by = None if last else stop.number
+                    self._event(f"stopped by signal {stop.number}; the state is saved")
+                    break
+        return result
+
+    def _train_step(self, window: _Window) -> StepMetrics:
+        result, micro = self._result, self.config.micro_batch
+        first = result.step * self._per_step
+        started = time.monotonic()
+        micro_batches = [self.batches.batch(first + i, micro) for i in range(0, self._per_step, micro)]
+        loaded = time.monotonic()
+        metrics = self.step.train(micro_batches, schedule=self.schedule(result.step))
+        window.add(
+            metrics.loss, self.config.batch_tokens, data_seconds=loaded - started, seconds=time.monotonic() - started
+        )
+        result.step += 1
+        result.tokens += self.config.batch_tokens
+        # The validation figures belong to the step at which they were measured.
+        result.validation_loss = result.bits_per_byte = None
+        return metrics
+
+    def _evaluate(self, *, whole: bool) -> tuple[bool, bool]:
+        """Measures the validation loss; returns whether it is the best so far and whether the run should stop."""
+        result = self._result
+        limit = None if whole else self.config.eval_tokens
+        loss, bits = evaluate(
+            self.step,
+            self._validation,
+            batch_size=self.config.micro_batch,
+            sequence_length=self.sequence_length,
+            max_tokens=limit,
+        )
+        result.validation_loss, result.bits_per_byte = loss, bits
+        finished = self.early_stopping.update(loss, result.step)
+        result.best_step = self.early_stopping.best_step
+        self._write("validation", loss=loss, bits_per_byte=bits)
+        return self.early_stopping.best_step == result.step, finished
+
+    @property
+    def _validation(self) -> ValidationBatches:
+        assert self.validation is not None
+        return self.validation
+
+    def _save(self) -> None:
+        result = self._result
+        sample = result.step * self._per_step
+        state = {
+            "tokens": result.tokens,
+            "samples": sample,
+            "position": self.batches.position(sample),
+            "early_stopping": self.early_stopping.state_dict(),
+            "validation_loss": result.validation_loss,
+            "bits_per_byte": result.bits_per_byte,
+        }
+        started = time.monotonic()
+        result.checkpoint = self.checkpoints.save(result.step, self.step.save, state=state, hashes=self.hashes)
+        self._write("checkpoint", path=str(result.checkpoint.name), seconds=time.monotonic() - started)
+
+    def _log(self, metrics: StepMetrics, window: _Window) -> None:
+        rates = {f"lr_{algorithm}": rate for algorithm, rate in metrics.learning_rates.items()}
+        self._write("train", **window.values(), grad_norm=metrics.grad_norm, **rates, **self.gauges())
+
+    def _report_skip(self, metrics: StepMetrics, skipped: int) -> None:
+        first = (self._result.step - 1) * self._per_step
+        what = f"loss {metrics.loss} and gradient norm {metrics.grad_norm} of samples {first} to {first + self._per_step - 1}"
+        self._event(f"no update at step {self._result.step}: {what}")
+        if skipped >= MAX_SKIPPED_STEPS:
+            raise TrainingDiverged(
+                f"step {self._result.step} is the {skipped}th in a row without a finite gradient ({what}); the run has diverged: "
+                "lower optim.lr, lengthen optim.warmup_steps or use train.precision = 'float32', and resume from the last checkpoint"
+            )
+
+    def _event(self, message: str) -> None:
+        self._write("event", message=message)
+
+    def _write(self, kind: str, **values: Any) -> None:
+        self.sink.write(kind, step=self._result.step, tokens=self._result.tokens, **values)
+
+
+class _Window:
+    """Means over the steps since the last logged one, on the monotonic clock; evaluations and checkpoints do not count."""
+
+    def __init__(self) -> None:
+        self._losses: list[float] = []
+        self._tokens = 0
+        self._seconds = self._data_seconds = 0.0
+
+    def add(self, loss: float, tokens: int, *, seconds: float, data_seconds: float) -> None:
+        self._losses.append(loss)
+        self._tokens += tokens
+        self._seconds += seconds
+        self._data_seconds += data_seconds
+
+    def values(self) -> dict[str, float]:
+        return {
+            "loss": sum(self._losses) / len(self._losses),
+            "loss_max": max(self._losses),
+            "step_seconds": self._seconds / len(self._losses),
+            "tokens_per_second": self._tokens / self._seconds,
+            "data_wait_share": self._data_seconds / self._seconds,
+        }
+
+
+def evaluate(
+    step: Step, validation: ValidationBatches, *, batch_size: int, sequence_length: int, max_tokens: int | None = None
+) -> tuple[float, float]:
+    """Mean loss in nats per token and bits per byte of the validation text.
+
+    ``max_tokens`` limits the evaluation to windows spread evenly over the text; None reads all of it. The bytes of a limited evaluation are
+    taken as its share of the tokens.
+    """
+    windows = None if max_tokens is None else max(1, max_tokens // sequence_length)
+    total = LossSum()
+    for batch in validation.batches(batch_size, max_windows=windows):
+        total += step.evaluate(batch)
+    text_bytes = validation.num_bytes * total.weight / validation.num_tokens
+    return total.loss / total.weight, total.loss / math.log(2) / text_bytes

@@ -1,0 +1,1 @@
+"""Losses of the training stages, one module per framework."""

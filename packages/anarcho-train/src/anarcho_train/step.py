@@ -1,0 +1,102 @@
+"""The seam between the loop and a framework: one optimizer step, with batches as NumPy arrays on one side and a few numbers on the other.
+
+Notable: losses cross the seam as sums with their weights, never as means, so that any split of a batch into micro-batches adds up to the
+same step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+
+class Batch(Protocol):
+    """Token sequences of one shape; every array is (sequences, length)."""
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Input token ids, int32."""
+        ...
+
+    @property
+    def targets(self) -> np.ndarray:
+        """The id that follows each input token, int32."""
+        ...
+
+    @property
+    def weights(self) -> np.ndarray:
+        """How much each target counts, float32; 0 for padding."""
+        ...
+
+    @property
+    def positions(self) -> np.ndarray | None:
+        """Position of each token in its document, int32; None where it is the column."""
+        ...
+
+    @property
+    def segments(self) -> np.ndarray | None:
+        """Number of the document that each token belongs to, int32; None where tokens may attend to the whole row."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSchedule:
+    """What the schedules say for one step."""
+
+    lr_scale: float
+    """Factor of every group's top learning rate."""
+    momentum: float | None = None
+    """Muon's momentum; None leaves the optimizer's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics:
+    """What one optimizer step reports."""
+
+    loss: float
+    """Mean loss per unit of weight before the update, in nats."""
+    weight: float
+    """Sum of the weights of all targets."""
+    grad_norm: float
+    """Global norm of the gradient before clipping."""
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    """Learning rate by algorithm."""
+    skipped: bool = False
+    """Whether the update was left out because the loss or the gradient was not finite."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSum:
+    """A loss in nats with the weight that it is a sum over; sums add up."""
+
+    loss: float = 0.0
+    """Sum of weight times loss over all targets, in nats."""
+    weight: float = 0.0
+    """Sum of the weights."""
+
+    def __add__(self, other: LossSum) -> LossSum:
+        return LossSum(loss=self.loss + other.loss, weight=self.weight + other.weight)
+
+
+class Step(Protocol):
+    """One framework's model, optimizer and random state behind four verbs."""
+
+    def train(self, micro_batches: Sequence[Batch], *, schedule: StepSchedule) -> StepMetrics:
+        """One optimizer update from the micro-batches of one global batch."""
+        ...
+
+    def evaluate(self, batch: Batch) -> LossSum:
+        """The loss of a batch, without an update."""
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Writes model, optimizer and random state into an existing directory."""
+        ...
+
+    def load(self, directory: Path) -> None:
+        """Restores what `save` wrote; raises ValueError where it does not fit."""
+        ...

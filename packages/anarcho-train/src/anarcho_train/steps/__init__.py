@@ -1,0 +1,1 @@
+"""Implementations of `anarcho_train.step.Step`, one module per framework."""

@@ -1,0 +1,269 @@
+"""The training step in PyTorch: accumulation by total weight, autocast, clipping, update, and an exact state on disk.
+
+Notable: weights, gradients and optimizer state are float32; only matrix products run in the compute type. A step whose gradient is not
+finite changes nothing. The state on disk is safetensors under parameter names, so it depends neither on this class nor on the order
+of parameters: the model's files as the caller writes them, ``optimizer.safetensors`` with ``<parameter>.<state>`` and
+``runtime.safetensors`` with the random generators and the loss scale.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from anarcho_train.config import TrainConfig
+from anarcho_train.losses.torch import next_token_loss
+from anarcho_train.step import Batch, LossSum, StepMetrics, StepSchedule
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+RUNTIME_FILE = "runtime.safetensors"
+
+COMPILE_MIN_FLOPS = 5e12
+"""A CPU run of fewer floating-point operations ends sooner without compilation: at 150 GFLOP/s it takes about half a minute."""
+
+
+class LanguageModel(Protocol):
+    """What the step asks of a model besides being an `nn.Module`."""
+
+    def token_logprobs(
+        self, tokens: Tensor, targets: Tensor, *, positions: Tensor | None = None, segments: Tensor | None = None
+    ) -> Tensor:
+        """Log-probabilities of ``targets``, float32 (batch, length), in nats."""
+        ...
+
+
+def native_bfloat16(device: torch.device) -> bool:
+    """Whether ``device`` multiplies bfloat16 matrices in hardware, or through Metal from macOS 14 on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "mps":
+        return int(platform.mac_ver()[0].split(".")[0] or 0) >= 14
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return False
+
+
+def resolve_precision(name: str, device: torch.device) -> torch.dtype:
+    """The compute type: ``auto`` is bfloat16 where native, float16 on other GPUs (with loss scaling), float32 on other CPUs."""
+    if name == "auto":
+        if native_bfloat16(device):
+            return torch.bfloat16
+        return torch.float32 if device.type == "cpu" else torch.float16
+    if name == "float16" and device.type == "cpu":
+        raise ValueError(
+            "train.precision is float16 on the CPU, where it is slow and loses range; use bfloat16, float32 or auto"
+        )
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def resolve_compile(name: str, device: torch.device, *, flops: float) -> bool:
+    """Whether the model is compiled.
+
+    ``auto`` compiles on CUDA, and on the CPU where a C++ compiler is present and the run, of ``flops`` floating-point operations, is long
+    enough to earn the compilation back. The answer depends on the configuration and the machine only, so that a resumed run decides alike.
+    """
+    if name != "auto":
+        return name == "on"
+    if device.type == "cpu":
+        compiler = next((c for c in (os.environ.get("CXX"), "g++", "clang++") if c and shutil.which(c)), None)
+        return compiler is not None and flops >= COMPILE_MIN_FLOPS
+    return device.type == "cuda"
+
+
+class TorchStep:
+    """`anarcho_train.step.Step` for a torch model and any torch optimizer.
+
+    ``save_model`` and ``load_model`` write and read the model's own files, so that the format stays with the model. ``flops`` is the work
+    of the whole run, for `resolve_compile`. ``notify`` receives one sentence whenever something is worth telling a person.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        config: TrainConfig,
+        save_model: Callable[[nn.Module, Path], None],
+        load_model: Callable[[nn.Module, Path], None],
+        loss: Callable[[Tensor, Tensor], Tensor] = next_token_loss,
+        flops: float = 0.0,
+        notify: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.device = next(model.parameters()).device
+        self.precision = resolve_precision(config.precision, self.device)
+        self.compiled = resolve_compile(config.compile, self.device, flops=flops)
+        self._may_fall_back = config.compile == "auto"
+        self._grad_clip = config.grad_clip
+        self._save_model, self._load_model, self._loss, self._notify = save_model, load_model, loss, notify
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.float16)
+        self._logprobs: Callable[..., Tensor] = model.token_logprobs  # type: ignore[assignment]
+        if self.compiled:
+            self._logprobs = torch.compile(self._logprobs, dynamic=False)
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        self._names = {id(p): name for name, p in model.named_parameters()}
+
+    def train(self, micro_batches: Sequence[Batch], *, schedule: StepSchedule) -> StepMetrics:
+        """One update; the gradient is that of the mean loss over the weight of all micro-batches together."""
+        weight = float(sum(float(b.weights.sum(dtype=np.float64)) for b in micro_batches))
+        self._apply(schedule)
+        try:
+            loss = self._accumulate(micro_batches, weight)
+        except Exception as error:
+            if not (
+                self.compiled
+                and self._may_fall_back
+                and type(error).__module__.startswith(("torch._inductor", "torch._dynamo"))
+            ):
+                raise
+            self._leave_compilation(error)
+            loss = self._accumulate(micro_batches, weight)
+        self._may_fall_back = False
+        self._scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._grad_clip or float("inf"))
+        grad_norm = float(norm)
+        finite = bool(np.isfinite(loss) and np.isfinite(grad_norm))
+        if finite:
+            self._scaler.step(self.optimizer)
+        self._scaler.update()
+        rates = {group.get("algorithm", "all"): float(group["lr"]) for group in self.optimizer.param_groups}
+        return StepMetrics(
+            loss=loss / weight, weight=weight, grad_norm=grad_norm, learning_rates=rates, skipped=not finite
+        )
+
+    def evaluate(self, batch: Batch) -> LossSum:
+        """The summed loss of a batch."""
+        # A compiled model keeps its training graph: without gradients it would be compiled a second time.
+        with torch.set_grad_enabled(self.compiled):
+            loss = self._batch_loss(batch)
+        return LossSum(loss=float(loss.detach()), weight=float(batch.weights.sum(dtype=np.float64)))
+
+    def save(self, directory: Path) -> None:
+        """Writes the model's files, the optimizer's state and the random state into ``directory``."""
+        self._save_model(self.model, directory)
+        save_file(self._optimizer_tensors(), directory / OPTIMIZER_FILE)
+        save_file(self._runtime_tensors(), directory / RUNTIME_FILE)
+
+    def load(self, directory: Path) -> None:
+        """Restores what `save` wrote; raises ValueError naming the first tensor that is missing, left over or of another shape."""
+        self._load_model(self.model, directory)
+        _load_optimizer(directory / OPTIMIZER_FILE, self.optimizer, dict(self.model.named_parameters()))
+        with safe_open(directory / RUNTIME_FILE, framework="pt") as file:
+            names = set(file.keys())
+            torch.set_rng_state(file.get_tensor("rng.cpu"))
+            if self.device.type != "cpu" and f"rng.{self.device.type}" in names:
+                _device_module(self.device).set_rng_state(file.get_tensor(f"rng.{self.device.type}"))
+            if self._scaler.is_enabled() and "loss_scale" in names:
+                state = {
+                    "scale": float(file.get_tensor("loss_scale")),
+                    "_growth_tracker": int(file.get_tensor("growth_tracker")),
+                }
+                self._scaler.load_state_dict(self._scaler.state_dict() | state)
+
+    def _apply(self, schedule: StepSchedule) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * schedule.lr_scale
+            if schedule.momentum is not None and "momentum" in group:
+                group["momentum"] = schedule.momentum
+
+    def _accumulate(self, micro_batches: Sequence[Batch], weight: float) -> float:
+        self.optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for batch in micro_batches:
+            loss = self._batch_loss(batch)
+            self._scaler.scale(loss / weight).backward()
+            total += float(loss.detach())
+        return total
+
+    def _batch_loss(self, batch: Batch) -> Tensor:
+        arrays = {
+            "tokens": batch.tokens,
+            "targets": batch.targets,
+            "positions": batch.positions,
+            "segments": batch.segments,
+        }
+        tensors = {name: self._tensor(array).long() for name, array in arrays.items() if array is not None}
+        with self._autocast():
+            logprobs = self._logprobs(tensors.pop("tokens"), tensors.pop("targets"), **tensors)
+        return self._loss(logprobs, self._tensor(batch.weights))
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.precision == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.precision)
+
+    def _leave_compilation(self, error: Exception) -> None:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        self._notify(f"torch.compile failed here ({reason}); training goes on without it")
+        self.compiled = False
+        self._logprobs = self.model.token_logprobs  # type: ignore[assignment]
+
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        """State tensors by canonical name, contiguous on the CPU."""
+        return {
+            f"{self._names[id(parameter)]}.{key}": value.detach().cpu().contiguous()
+            for parameter, state in self.optimizer.state.items()
+            for key, value in state.items()
+            if isinstance(value, Tensor)
+        }
+
+    def _runtime_tensors(self) -> dict[str, Tensor]:
+        tensors = {"rng.cpu": torch.get_rng_state()}
+        if self.device.type != "cpu":
+            tensors[f"rng.{self.device.type}"] = _device_module(self.device).get_rng_state()
+        if self._scaler.is_enabled():
+            state = self._scaler.state_dict()
+            tensors["loss_scale"] = torch.tensor(float(state["scale"]))
+            tensors["growth_tracker"] = torch.tensor(int(state["_growth_tracker"]))
+        return tensors
+
+
+def _device_module(device: torch.device) -> Any:
+    return torch.mps if device.type == "mps" else torch.cuda
+
+
+def _load_optimizer(path: Path, optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor]) -> None:
+    """Sets the optimizer's state from ``<parameter>.<state>`` tensors; state that the optimizer creates late is created here."""
+    advice = "resume with the run's own config"
+    with safe_open(path, framework="pt") as file:
+        found = set(file.keys())
+        names = {id(p): name for name, p in parameters.items()}
+        expected = {
+            f"{names[id(p)]}.{key}"
+            for p, state in optimizer.state.items()
+            for key, v in state.items()
+            if isinstance(v, Tensor)
+        }
+        if missing := sorted(expected - found):
+            raise ValueError(f"{path} lacks {missing[0]}; expected the state of this optimizer and model: {advice}")
+        for full_name in sorted(found):
+            name, _, key = full_name.rpartition(".")
+            if name not in parameters or (expected and full_name not in expected):
+                raise ValueError(f"{path} holds {full_name}, which this optimizer and model do not have: {advice}")
+            parameter, value = parameters[name], file.get_tensor(full_name)
+            if value.ndim and value.shape != parameter.shape:
+                raise ValueError(
+                    f"{path} holds {full_name} of shape {tuple(value.shape)}; expected {tuple(parameter.shape)}: {advice}"
+                )
+            state = optimizer.state[parameter]
+            if key in state:
+                state[key].copy_(value)
+            else:
+                state[key] = value if key == "step" else value.to(parameter.device)
