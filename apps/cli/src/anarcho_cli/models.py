@@ -40,10 +40,12 @@ def find_model(path: Path, *, which: Which = Which.last) -> Path:
 def _checkpoint_of_run(run: Path, which: Which) -> Path:
     from anarcho_train.checkpoint import CheckpointStore
 
+    from anarcho_cli.output import note
+
     store = CheckpointStore(run / CHECKPOINTS)
-    checkpoint = store.best() if which is Which.best else store.latest_valid()
+    checkpoint = store.best() if which is Which.best else store.latest_valid(notify=note)
     if checkpoint is None:
         raise ModelNotFoundError(
             f"the run {run} has no valid {which.value} checkpoint; `anarcho checkpoint verify {run}` says more"
         )
-    return Path(getattr(checkpoint, "path", checkpoint))
+    return checkpoint

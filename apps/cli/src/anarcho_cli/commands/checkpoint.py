@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,17 +21,17 @@ RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run, or its 
 
 @app.command("list")
 def list_checkpoints(run: RunArgument, json: JsonOption = False) -> None:
-    """List a run's checkpoints, oldest first."""
+    """List a run's checkpoints, oldest first; `verify` also reads what is in their files."""
     from anarcho_cli.output import bytes_text, print_json, print_table
 
-    infos = _store(run).list()
+    infos = _store(run).list(check_hashes=False)
     if json:
         print_json([_facts(info) for info in infos])
         return
     rows = [
-        (info.step, _time(info.created_at), bytes_text(info.bytes), info.problem or "", info.path) for info in infos
+        (info.step, _loss(info), _time(info), bytes_text(info.bytes), info.problem or "", info.path) for info in infos
     ]
-    print_table(["#step", "written", "#size", "problem", "directory"], rows)
+    print_table(["#step", "#validation loss", "written", "#size", "problem", "directory"], rows)
 
 
 @app.command()
@@ -39,14 +40,17 @@ def verify(run: RunArgument, json: JsonOption = False) -> None:
     from anarcho_cli.output import print_json, print_table
 
     store = _store(run)
-    problems = {info: store.verify(info.path) for info in store.list()}
+    infos = store.list(check_hashes=False)
+    problems = [store.verify(info.path) for info in infos]
     if json:
-        rows = [{**_facts(info), "valid": not found, "problems": found} for info, found in problems.items()]
-        print_json(rows)
+        rows = zip(infos, problems, strict=True)
+        print_json([{"step": info.step, "path": str(info.path), "problems": found} for info, found in rows])
     else:
-        cells = [(info.step, "; ".join(found) or "valid", info.path) for info, found in problems.items()]
+        cells = [
+            (info.step, "; ".join(found) or "valid", info.path) for info, found in zip(infos, problems, strict=True)
+        ]
         print_table(["#step", "result", "directory"], cells)
-    if any(problems.values()):
+    if any(problems):
         raise typer.Exit(2)
 
 
@@ -65,14 +69,13 @@ def _store(run: Path) -> CheckpointStore:
 
 
 def _facts(info: CheckpointInfo) -> dict[str, object]:
-    return {
-        "step": info.step,
-        "path": str(info.path),
-        "created_at": info.created_at,
-        "bytes": info.bytes,
-        "problem": info.problem,
-    }
+    facts = dataclasses.asdict(info)
+    return facts | {"path": str(info.path)}
 
 
-def _time(seconds: float) -> str:
-    return f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M:%S}"
+def _loss(info: CheckpointInfo) -> str:
+    return "-" if info.validation_loss is None else f"{info.validation_loss:.4f}"
+
+
+def _time(info: CheckpointInfo) -> str:
+    return f"{datetime.fromtimestamp(info.created_at):%Y-%m-%d %H:%M:%S}"

@@ -10,7 +10,7 @@ import typer
 app = typer.Typer(help="Look at the configuration.", no_args_is_help=True)
 
 PresetOption = Annotated[str, typer.Option("--preset", help="Preset under the file; `config presets` lists them.")]
-FileOption = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file over the preset.")]
+FileOption = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file with settings.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: --set train.steps=100.")
 ]

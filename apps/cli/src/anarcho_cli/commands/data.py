@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from anarcho_cli.commands.config import FileOption, JsonOption, SetOption
+
+if TYPE_CHECKING:
+    from anarcho_tokenize import ShardsReport
 
 app = typer.Typer(help="Turn text into token shards, or look into shards.", no_args_is_help=True)
 
@@ -17,7 +21,7 @@ def prepare(
     tokenizer: Annotated[Path, typer.Option("--tokenizer", help="A tokenizer or model directory.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write; it must not be there yet.")],
     source: Annotated[
-        str, typer.Argument(metavar="[SPEC]", help="Text: a file, glob, directory, or `embedded`.")
+        str, typer.Argument(metavar="SPEC", help="Text: a file, glob, directory, or `embedded`.")
     ] = "embedded",
     file: FileOption = None,
     overrides: SetOption = None,
@@ -36,15 +40,17 @@ def prepare(
     from anarcho_tokenize import Tokenizer, prepare_shards, read_documents
 
     prepare_shards(
-        read_documents(settings.source, text_field=settings.text_field),
+        read_documents(settings.source, text_field=settings.text_field, document_separator=settings.document_separator),
         Tokenizer.load(tokenizer),
         out,
         validation_fraction=settings.validation_fraction,
         shard_tokens=settings.shard_tokens,
         source=settings.source,
+        num_threads=settings.num_threads,
     )
     if json:
-        print_json({"directory": str(out), "splits": _splits(out)})
+        splits = {name: dataclasses.asdict(report) for name, report in _reports(out).items()}
+        print_json({"directory": str(out), "splits": splits})
     else:
         print(out)
 
@@ -52,42 +58,42 @@ def prepare(
 @app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="A directory of shards, or a run.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option("--tokenizer", help="Show the beginning of the first document with this tokenizer.")
+    ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Compare every shard with its recorded sha256.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Show how much text a directory of shards holds."""
-    from anarcho_cli.output import print_json, print_table
+    from anarcho_cli.output import print_json, print_table, printable
 
-    splits = _splits(path, verify=verify)
+    reports = _reports(path, tokenizer=tokenizer, verify=verify)
     if json:
-        print_json(splits)
+        print_json({name: dataclasses.asdict(report) for name, report in reports.items()})
         return
-    columns = ["split", "#documents", "#tokens", "#bytes", "#bytes/token", "#vocabulary", "fingerprint"]
+    columns = ["split", "#documents", "#tokens", "#bytes", "#bytes/token", "#median length", "fingerprint", "source"]
     rows = []
-    for name, facts in splits.items():
-        ratio = f"{facts['bytes'] / facts['tokens']:.2f}" if facts["tokens"] else "-"
-        counts = (facts["documents"], facts["tokens"], facts["bytes"], ratio, facts["vocab_size"])
-        rows.append((name, *counts, facts["fingerprint"][:16]))
+    for name, report in reports.items():
+        counts = (report.documents, report.tokens, report.bytes, f"{report.bytes_per_token:.2f}")
+        median = report.length_quantiles.get(0.5, "-")
+        rows.append((name, *counts, median, report.fingerprint[:12], report.source))
     print_table(columns, rows)
+    for name, report in reports.items():
+        if report.first_document is not None:
+            print(f"{name} begins:\n\n{printable(report.first_document)}\n")
 
 
-def _splits(path: Path, *, verify: bool = False) -> dict[str, dict[str, Any]]:
+def _reports(path: Path, *, tokenizer: Path | None = None, verify: bool = False) -> dict[str, ShardsReport]:
     """Name of a split -> what its shards hold; a run's shards lie in its `data` folder."""
-    from anarcho_tokenize import TokenShards
+    from anarcho_tokenize import Tokenizer, TokenShards, inspect_shards
 
     root = path / "data" if (path / "data").is_dir() else path
     folders = [root / name for name in ("train", "validation") if (root / name).is_dir()]
-    facts: dict[str, dict[str, Any]] = {}
+    decoder = None if tokenizer is None else Tokenizer.load(tokenizer)
+    reports: dict[str, ShardsReport] = {}
     for folder in folders or [root]:
         shards = TokenShards.open(folder)
         if verify:
             shards.verify()
-        facts[folder.name] = {
-            "documents": shards.num_documents,
-            "tokens": shards.num_tokens,
-            "bytes": shards.num_bytes,
-            "vocab_size": shards.vocab_size,
-            "tokenizer_sha256": shards.tokenizer_sha256,
-            "fingerprint": shards.fingerprint,
-        }
-    return facts
+        reports[folder.name] = inspect_shards(shards, decoder)
+    return reports

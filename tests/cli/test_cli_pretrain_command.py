@@ -1,0 +1,210 @@
+"""The command line of `anarcho pretrain`, before and after the training itself."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import anarcho_cli
+import pytest
+from anarcho_cli.runs import RunError, new_run_directory
+
+
+@dataclass
+class Summary:
+    """What a training reports."""
+
+    run_directory: Path
+    validation_loss: float | None = 2.0
+    bits_per_byte: float | None = 1.25
+    sample: str = "The whale\x1b[2J swam"
+    steps: int = 3
+    tokens: int = 768
+    seconds: float = 1.5
+    exit_code: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"run_directory": str(self.run_directory)}
+
+
+class Composer:
+    """Stands in for the training; records what it is asked for."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+        self.exit_code = 0
+
+    def pretrain(self, config: Any, **options: Any) -> Summary:
+        self.calls.append({"config": config, **options})
+        return Summary(options["run_directory"], exit_code=self.exit_code)
+
+    def resume(self, run_directory: Path, **options: Any) -> Summary:
+        self.calls.append({"run_directory": run_directory, **options})
+        return Summary(run_directory, exit_code=self.exit_code)
+
+
+@pytest.fixture
+def composer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Composer:
+    """The stand-in for the training, with an empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    stand_in = Composer()
+    module: Any = types.ModuleType("anarcho_cli.compose")
+    module.pretrain, module.resume = stand_in.pretrain, stand_in.resume
+    monkeypatch.setitem(sys.modules, "anarcho_cli.compose", module)
+    monkeypatch.setattr(anarcho_cli, "compose", module, raising=False)
+    return stand_in
+
+
+def test_without_an_option_it_trains_the_quickstart_on_the_embedded_corpus(composer: Composer, anarcho) -> None:
+    result = anarcho("pretrain", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    (call,) = composer.calls
+    assert call["config"].data.source == "embedded"
+    assert call["config"].model.dim == 256
+    assert call["tokenizer_path"] is None
+    assert call["run_directory"].parent == Path("runs")
+    assert call["run_directory"].name.startswith("quickstart-2")
+
+
+def test_standard_output_is_the_run_directory_and_nothing_else(composer: Composer, anarcho) -> None:
+    result = anarcho("pretrain", "--device", "cpu", "--name", "first")
+    assert result.stdout == f"{Path('runs/first')}\n"
+    assert "1.2500 bits per byte" in result.stderr
+    assert "The whale" in result.stderr
+    assert "\x1b" not in result.stderr, "a sample must not reprogram the terminal"
+
+
+def test_json_prints_the_summary_object(composer: Composer, anarcho) -> None:
+    summary = json.loads(anarcho("pretrain", "--device", "cpu", "--name", "first", "--json").stdout)
+    assert summary["run_directory"] == str(Path("runs/first"))
+    assert summary["bits_per_byte"] == 1.25
+
+
+def test_options_become_settings(composer: Composer, anarcho, tmp_path: Path) -> None:
+    (tmp_path / "my.toml").write_text("[train]\nsteps = 9\n")
+    arguments = ["--preset", "small-15m", "-c", "my.toml", "--set", "train.seed=4", "--data", "x/*.txt"]
+    anarcho("pretrain", *arguments, "--name", "n", "--runs-dir", "elsewhere", "--device", "cpu")
+    (call,) = composer.calls
+    config = call["config"]
+    assert (config.model.dim, config.train.steps, config.train.seed, config.data.source) == (384, 9, 4, "x/*.txt")
+    assert call["run_directory"] == Path("elsewhere/n")
+    assert call["device"] == "cpu"
+
+
+def test_a_given_tokenizer_decides_the_vocabulary(composer: Composer, anarcho, tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("the whale and the sea and the ship " * 200)
+    made = anarcho("tokenizer", "train", "t.txt", "--vocab-size", 280, "--out", "tok")
+    assert made.exit_code == 0, made.output
+    assert anarcho("pretrain", "--tokenizer", "tok", "--device", "cpu").exit_code == 0
+    (call,) = composer.calls
+    assert call["tokenizer_path"] == Path("tok")
+    assert call["config"].tokenizer.vocab_size == call["config"].model.vocab_size == 280
+
+
+@pytest.mark.parametrize("status", [130, 143])
+def test_a_stop_by_signal_is_reported_with_how_to_go_on(status: int, composer: Composer, anarcho) -> None:
+    composer.exit_code = status
+    result = anarcho("pretrain", "--device", "cpu", "--name", "first")
+    assert result.exit_code == status
+    assert f"--resume {Path('runs/first')}" in result.stderr
+    assert result.stdout.splitlines()[-1] == str(Path("runs/first"))
+
+
+def test_resume_continues_the_run_and_takes_the_device(composer: Composer, anarcho, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").touch()
+    assert anarcho("pretrain", "--resume", "run", "--device", "cpu").stdout == "run\n"
+    assert composer.calls == [{"run_directory": Path("run"), "device": "cpu"}]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--set", "train.steps=5"],
+        ["--preset", "quickstart"],
+        ["--name", "x"],
+        ["--data", "x"],
+        ["--dry-run"],
+        ["-c", "x.toml"],
+        ["--runs-dir", "runs"],
+    ],
+)
+def test_resume_refuses_what_would_change_the_run(option: list[str], composer: Composer, refused, tmp_path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").touch()
+    assert "cannot go with --resume" in refused("pretrain", "--resume", "run", *option)
+    assert composer.calls == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--preset", "quickstrat"], ["quickstrat", "did you mean 'quickstart'?"]),
+        (["-c", "absent.toml"], ["absent.toml"]),
+        (["-c", "."], ["directory"]),
+        (["--set", "train.stepz=1"], ["train.stepz", "train.steps"]),
+        (["--set", "train.steps=many"], ["train.steps", "many", "whole number"]),
+        (["--set", "train.steps"], ["section.key=value"]),
+        (["--set", "model.num_heads=3"], ["model.num_heads", "256"]),
+        (["--set", "model.head_dim=5"], ["model.head_dim", "even"]),
+        (["--set", "train.sequence_length=512"], ["train.sequence_length", "512", "model.context_length", "256"]),
+        (["--tokenizer", "absent"], ["absent"]),
+        (["--name", "../x"], ["--name", "../x"]),
+        (["--name", ".hidden"], ["--name", ".hidden"]),
+        (["--name", ""], ["--name"]),
+        (["--resume", "absent"], ["absent"]),
+        (["--resume", "."], ["config.toml"]),
+        (["--runs-dir", "a-file"], ["a-file", "expected a directory"]),
+        (["--name", "taken"], ["taken", "exists already", "--resume"]),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(
+    arguments: list[str], parts: list[str], composer: Composer, refused, tmp_path: Path
+) -> None:
+    (tmp_path / "a-file").touch()
+    (tmp_path / "runs" / "taken").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    message = refused("pretrain", "--device", "cpu", *arguments)
+    assert all(part in message for part in parts), message
+    assert composer.calls == []
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_device_that_is_not_there_is_refused(
+    composer: Composer, refused, anarcho, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from anarcho_cli import devices
+
+    monkeypatch.setattr(devices, "find_accelerators", devices.Accelerators)
+    for device in ("mps", "cuda"):
+        assert f"--device {device}" in refused("pretrain", "--device", device)
+    assert composer.calls == []
+    result = anarcho("pretrain", "--device", "auto")
+    assert "so the CPU does the work" in result.stderr
+    assert composer.calls[0]["device"] == "cpu"
+
+
+def test_runs_that_start_within_one_second_get_different_names(tmp_path: Path) -> None:
+    now = datetime(2026, 1, 2, 3, 4, 5)
+    names = []
+    for _ in range(3):
+        directory = new_run_directory(tmp_path, None, preset="quickstart", now=now)
+        directory.mkdir()
+        names.append(directory.name)
+    assert names == ["quickstart-20260102-030405", "quickstart-20260102-030405-2", "quickstart-20260102-030405-3"]
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "-x", "a b", "a\n", "é", "x" * 101])
+def test_a_name_that_is_no_plain_folder_name_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="is not a run name"):
+        new_run_directory(tmp_path, name, preset="quickstart")
+
+
+@pytest.mark.parametrize("name", ["a", "run-1", "v1.2_x", "0"])
+def test_a_plain_folder_name_is_taken_as_it_is(name: str, tmp_path: Path) -> None:
+    assert new_run_directory(tmp_path, name, preset="quickstart") == tmp_path / name
