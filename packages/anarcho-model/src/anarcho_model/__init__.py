@@ -1,1 +1,9 @@
-"""One GPT with the Hugging Face directory format, for PyTorch and MLX."""
+"""One GPT with the Hugging Face directory format.
+
+This module and `config`, `directory`, `flops`, `footprint` and `generate.sampling` are free of any framework;
+`anarcho_model.torch`, `anarcho_model.weights` and `anarcho_model.generate.torch` need PyTorch.
+"""
+
+from anarcho_model.config import ConfigError, InitConfig, ModelConfig, RopeScaling
+
+__all__ = ["ConfigError", "InitConfig", "ModelConfig", "RopeScaling"]

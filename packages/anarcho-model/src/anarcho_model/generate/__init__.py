@@ -1,0 +1,1 @@
+"""Generating text: framework-free settings in `sampling`, one module per framework beside it."""

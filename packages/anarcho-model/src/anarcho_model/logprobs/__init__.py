@@ -1,0 +1,1 @@
+"""Log-probabilities of given tokens without the whole matrix of logits; one module per framework."""

@@ -1,0 +1,113 @@
+"""Log-probabilities of target tokens, computed a chunk of tokens at a time in forward and in backward.
+
+Every loss is a function of these numbers, and the logits behind them are the largest tensor of a small model (16
+sequences of 4096 tokens and 32000 ids: 8 GB in float32). Notable:
+
+* forward keeps one float32 normaliser a token and drops the logits, backward computes them again, so that never more
+  than one chunk exists;
+* matrix products run in the compute dtype that autocast asks for, normalisers and probabilities are float32 (float64
+  for float64 inputs);
+* backward casts by itself, because autocast is over by then;
+* all products are of two-dimensional contiguous tensors under 2**31 elements, which Apple's back-end computes right.
+
+Source: the recomputed, chunked cross-entropy of Cut Your Losses (Wijmans et al. 2024, arXiv:2411.09009) and Liger
+    Kernel (arXiv:2410.10989).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+__all__ = ["chunk_tokens", "chunked_logprobs"]
+
+MAX_ELEMENTS = 2**31 - 1
+
+
+def chunk_tokens(num_tokens: int, *, vocab_size: int, chunk_bytes: int) -> int:
+    """Tokens per chunk, so that a chunk's float32 logits stay within `chunk_bytes` and chunks are of nearly equal size."""
+    most = max(1, min(chunk_bytes // (4 * vocab_size), MAX_ELEMENTS // vocab_size))
+    num_chunks = -(-num_tokens // most)
+    return -(-num_tokens // num_chunks)
+
+
+def chunked_logprobs(
+    hidden: Float[Tensor, "tokens dim"],
+    weight: Float[Tensor, "vocab dim"],
+    targets: Int[Tensor, " tokens"],
+    *,
+    compute_dtype: torch.dtype,
+    chunk_bytes: int,
+) -> Float[Tensor, " tokens"]:
+    """`log_softmax(hidden @ weight.T)` at `targets`, in float32 (float64 for float64 weights), differentiable once.
+
+    `chunk_bytes` bounds the float32 logits of one chunk; `compute_dtype` is the element type of the matrix products.
+    """
+    size = chunk_tokens(hidden.shape[0], vocab_size=weight.shape[0], chunk_bytes=chunk_bytes)
+    return _ChunkedLogprobs.apply(hidden, weight, targets.long(), size, compute_dtype)  # pyright: ignore[reportReturnType]
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+        hidden_cast, weight_cast = hidden.to(dtype), weight.to(dtype)
+        logprobs, normalisers = [], []
+        for start in range(0, hidden.shape[0], size):
+            logits = _wide_logits(hidden_cast[start : start + size], weight_cast)
+            target_logits = logits.gather(1, targets[start : start + size, None])[:, 0]
+            normaliser = _logsumexp(logits)
+            normalisers.append(normaliser)
+            logprobs.append(target_logits - normaliser)
+        ctx.save_for_backward(hidden, weight, targets, torch.cat(normalisers))
+        ctx.size, ctx.dtype = size, dtype
+        return torch.cat(logprobs)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        hidden, weight, targets, normalisers = ctx.saved_tensors
+        hidden_cast, weight_cast = hidden.to(ctx.dtype), weight.to(ctx.dtype)
+        grad_output = grad_outputs[0]
+        grad_hidden = []
+        grad_weight = torch.zeros_like(weight)
+        for start in range(0, hidden.shape[0], ctx.size):
+            rows = slice(start, start + ctx.size)
+            part = hidden_cast[rows]
+            grad_logits = _grad_logits(
+                _wide_logits(part, weight_cast), normalisers[rows], targets[rows], grad_output[rows]
+            ).to(ctx.dtype)
+            grad_hidden.append((grad_logits @ weight_cast).to(hidden.dtype))
+            if weight.dtype == ctx.dtype:
+                grad_weight.addmm_(grad_logits.t(), part)
+            else:
+                grad_weight += grad_logits.t() @ part
+        return torch.cat(grad_hidden), grad_weight, None, None, None
+
+
+def _wide_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Logits in the type in which they are exponentiated."""
+    logits = hidden @ weight.t()
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _logsumexp(logits: Tensor) -> Tensor:
+    """Log of the sum of exponentials of each row; `logits` is overwritten, which saves two tensors of its size."""
+    largest = logits.amax(1, keepdim=True)
+    return logits.sub_(largest).exp_().sum(1).log_().add_(largest[:, 0])
+
+
+def _grad_logits(logits: Tensor, normalisers: Tensor, targets: Tensor, grad_output: Tensor) -> Tensor:
+    """(one-hot(targets) - softmax) * grad_output, over the storage of `logits`.
+
+    A comparison fuses with the rest into one pass when compiled; executed op by op, a scatter touches one element a row
+    instead.
+    """
+    probabilities = logits.sub_(normalisers[:, None]).exp_()
+    if torch.compiler.is_compiling():
+        ids = torch.arange(logits.shape[1], device=logits.device)
+        probabilities = torch.where(ids == targets[:, None], probabilities - 1, probabilities)
+    else:
+        probabilities.scatter_add_(1, targets[:, None], torch.full_like(targets[:, None], -1, dtype=logits.dtype))
+    return probabilities.mul_(-grad_output[:, None])

@@ -1,0 +1,396 @@
+"""The GPT in PyTorch: pre-norm RMSNorm, rotary causal attention, SwiGLU, no biases, output layer tied to the embedding.
+
+Notable:
+
+* parameters have Hugging Face's names and layout (Llama; Qwen3 with QK-norm), rotary embeddings turn the two halves of
+  a head;
+* the residual stream and every norm are float32 (at least) under autocast; a norm hands its result on in the compute
+  dtype, once for all of its readers;
+* every linear layer reads a contiguous two-dimensional tensor, because Apple's back-end has computed others wrong
+  without an error;
+* `token_logprobs` is all that a trainer needs, and never holds the logits whole (see `anarcho_model.logprobs.torch`).
+
+Shapes: batch, length = sequences and tokens; dim = width of the residual stream; heads, kv = query and key/value heads;
+    head = width of one head.
+Sources: Llama (arXiv:2302.13971), SwiGLU (arXiv:2002.05202), GQA (arXiv:2305.13245), RoPE (arXiv:2104.09864), QK-norm
+    (arXiv:2010.04245).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from anarcho_model.config import InitConfig, ModelConfig
+from anarcho_model.logprobs.torch import chunked_logprobs
+
+__all__ = ["GPT", "ContextError", "KVCache"]
+
+
+class ContextError(ValueError):
+    """More tokens than the model's context, or than a cache, can hold."""
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The element type of matrix products: autocast's where it is on, else the weights' own."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def widen(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """At least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, computed in float32 and returned in the compute dtype (arXiv:1910.07467)."""
+
+    def __init__(self, size: int, *, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Float[Tensor, "*shape size"]) -> Float[Tensor, "*shape size"]:
+        weight = widen(self.weight)
+        return F.rms_norm(widen(x), weight.shape, weight, self.eps).to(compute_dtype(self.weight))
+
+
+class RotaryTables(nn.Module):
+    """Cosines and sines of every position, kept in float32 whatever the weights are cast to; not part of the state."""
+
+    cos: Float[Tensor, "positions half"]
+    sin: Float[Tensor, "positions half"]
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self._build(None)
+
+    def _build(self, device: torch.device | None) -> None:
+        positions = torch.arange(self.config.context_length, dtype=torch.float32, device=device)
+        frequencies = torch.tensor(self.config.rope_frequencies(), dtype=torch.float32, device=device)
+        angles = positions[:, None] * frequencies
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def _apply(self, fn, recurse: bool = True):  # pyright: ignore[reportMissingParameterType]
+        super()._apply(fn, recurse)
+        if self.cos.dtype != torch.float32:  # model.to(torch.bfloat16) has rounded the angles' cosines: make them anew
+            self._build(self.cos.device)
+        return self
+
+    def forward(
+        self, positions: Int[Tensor, "batch length"] | None, *, length: int
+    ) -> tuple[Float[Tensor, "rows 1 length half"], Float[Tensor, "rows 1 length half"]]:
+        """Tables for the given positions (rows = batch), or for 0 .. length - 1 (rows = 1)."""
+        if positions is None:
+            return self.cos[None, None, :length], self.sin[None, None, :length]
+        return self.cos[positions][:, None], self.sin[positions][:, None]
+
+
+def rotate(
+    x: Float[Tensor, "batch heads length head"],
+    cos: Float[Tensor, "rows 1 length half"],
+    sin: Float[Tensor, "rows 1 length half"],
+) -> Float[Tensor, "batch heads length head"]:
+    """Turn the pairs (i, i + head/2) of each head by its position's angles, in float32; returned in the type of `x`."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+class LayerCache:
+    """Keys and values of one layer; see `KVCache`."""
+
+    def __init__(self, keys: Float[Tensor, "batch kv capacity head"]) -> None:
+        self.keys, self.values = keys, torch.zeros_like(keys)
+
+    def append(
+        self,
+        keys: Float[Tensor, "batch kv length head"],
+        values: Float[Tensor, "batch kv length head"],
+        context: AttentionContext,
+    ) -> tuple[Float[Tensor, "batch kv extent head"], Float[Tensor, "batch kv extent head"]]:
+        """Store the new tokens at their positions and return everything up to the furthest one."""
+        rows = torch.arange(keys.shape[0], device=keys.device)[:, None]
+        self.keys[rows, :, context.positions] = keys.transpose(1, 2).to(self.keys.dtype)
+        self.values[rows, :, context.positions] = values.transpose(1, 2).to(self.values.dtype)
+        return self.keys[:, :, : context.extent], self.values[:, :, : context.extent]
+
+
+class KVCache:
+    """Keys and values of the tokens read so far, for decoding without reading them again.
+
+    Each row has its own length, so that prompts of different lengths decode together: fill the cache with prompts
+    padded on the right, then set `lengths` to the true ones; what lies beyond a row's length is never attended to and
+    is overwritten as the row grows.
+    """
+
+    def __init__(self, model: GPT, *, batch: int, capacity: int) -> None:
+        config, weight = model.config, model.head_weight
+        if capacity > config.context_length:
+            raise ContextError(
+                f"A cache of {capacity} tokens was asked for, but the model's context is {config.context_length}."
+            )
+        shape = (batch, config.kv_heads, capacity, config.head_size)
+        dtype = compute_dtype(weight)
+        self.layers = [
+            LayerCache(torch.zeros(shape, device=weight.device, dtype=dtype)) for _ in range(config.num_layers)
+        ]
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=weight.device)
+        self.capacity = capacity
+
+    def next_positions(self, length: int) -> Int[Tensor, "batch length"]:
+        """Positions of `length` new tokens a row; ContextError if the longest row has no room for them."""
+        used = int(self.lengths.max())
+        if used + length > self.capacity:
+            raise ContextError(f"The cache holds {used} of {self.capacity} tokens, so {length} more do not fit.")
+        return self.lengths[:, None] + torch.arange(length, device=self.lengths.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionContext:
+    """What all layers of one forward pass share."""
+
+    cos: Float[Tensor, "rows 1 length half"]
+    """Cosines of the rotary angles."""
+    sin: Float[Tensor, "rows 1 length half"]
+    """Sines of the rotary angles."""
+    mask: Bool[Tensor, "batch 1 length extent"] | None = None
+    """True where a query may see a key; None means plain causal attention."""
+    positions: Int[Tensor, "batch length"] | None = None
+    """With a cache: where the new tokens are stored."""
+    extent: int = 0
+    """With a cache: number of stored tokens to attend to."""
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention with rotary positions, grouped key/value heads and optional QK-norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_size = config.num_heads, config.kv_heads, config.head_size
+        self.q_proj = nn.Linear(config.dim, self.heads * self.head_size, bias=False)
+        self.k_proj = nn.Linear(config.dim, self.kv_heads * self.head_size, bias=False)
+        self.v_proj = nn.Linear(config.dim, self.kv_heads * self.head_size, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.head_size, config.dim, bias=False)
+        self.q_norm = RMSNorm(self.head_size, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_size, eps=config.norm_eps) if config.qk_norm else None
+
+    def forward(
+        self, x: Float[Tensor, "batch length dim"], context: AttentionContext, cache: LayerCache | None
+    ) -> Float[Tensor, "batch length dim"]:
+        batch, length, dim = x.shape
+        flat = x.reshape(-1, dim)
+        q = self.q_proj(flat).view(batch, length, self.heads, self.head_size)
+        k = self.k_proj(flat).view(batch, length, self.kv_heads, self.head_size)
+        v = self.v_proj(flat).view(batch, length, self.kv_heads, self.head_size).transpose(1, 2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = rotate(q.transpose(1, 2), context.cos, context.sin)
+        k = rotate(k.transpose(1, 2), context.cos, context.sin)
+        if cache is not None:
+            k, v = cache.append(k, v, context)
+        if self.kv_heads != self.heads:  # repeated here, because not every device's kernel takes grouped heads
+            group = self.heads // self.kv_heads
+            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask, is_causal=context.mask is None)
+        return self.o_proj(mixed.transpose(1, 2).reshape(batch * length, -1)).view(batch, length, dim)
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward layer: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.dim, config.ffn_size, bias=False)
+        self.up_proj = nn.Linear(config.dim, config.ffn_size, bias=False)
+        self.down_proj = nn.Linear(config.ffn_size, config.dim, bias=False)
+
+    def forward(self, x: Float[Tensor, "batch length dim"]) -> Float[Tensor, "batch length dim"]:
+        flat = x.reshape(-1, x.shape[-1])
+        return self.down_proj(F.silu(self.gate_proj(flat)) * self.up_proj(flat)).view(x.shape)
+
+
+class Block(nn.Module):
+    """One layer: attention, then feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = SwiGLU(config)
+        self.input_layernorm = RMSNorm(config.dim, eps=config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.dim, eps=config.norm_eps)
+
+    def forward(
+        self, x: Float[Tensor, "batch length dim"], context: AttentionContext, cache: LayerCache | None = None
+    ) -> Float[Tensor, "batch length dim"]:
+        h = x + self.self_attn(self.input_layernorm(x), context, cache)
+        return h + self.mlp(self.post_attention_layernorm(h))
+
+
+class Decoder(nn.Module):
+    """The modules under Hugging Face's prefix `model.`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.dim, eps=config.norm_eps)
+        self.rotary = RotaryTables(config)
+
+
+class GPT(nn.Module):
+    """A decoder-only language model. A new one needs `init_weights` before training, or `weights.load_weights`."""
+
+    gradient_checkpointing: bool = False
+    """Keep only each block's input for backward and compute the rest again: less memory for about a third more time."""
+    logits_chunk_bytes: int = 64 * 2**20
+    """Bound of the float32 logits that `token_logprobs` holds at a time."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> Float[Tensor, "vocab dim"]:
+        """The output layer's weights: the embedding's, unless they are untied."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    @torch.no_grad()
+    def init_weights(self, *, seed: int, init: InitConfig | None = None) -> None:
+        """Draw all weights anew; the same seed gives the same weights on every device.
+
+        Each tensor has its own random stream, derived from the seed and its name, so that changing one option, or
+        adding a layer, leaves the other tensors' draws as they are.
+
+        | tensor | value |
+        |---|---|
+        | norms | 1 |
+        | embedding | normal, `init.embedding_std` |
+        | untied output layer | normal, `init.head_std` |
+        | q, k, v, gate, up | normal, `init.linear_scale / sqrt(inputs)` |
+        | o, down | 0; without `init.zero_residual_outputs` as above, divided by `sqrt(2 * num_layers)` |
+        """
+        init = InitConfig() if init is None else init
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+                continue
+            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            draw = torch.randn(parameter.shape, generator=generator, device="cpu")
+            parameter.copy_(draw.mul_(_initial_std(name, parameter, init=init, num_layers=self.config.num_layers)))
+
+    def hidden_states(
+        self,
+        tokens: Int[Tensor, "batch length"],
+        *,
+        positions: Int[Tensor, "batch length"] | None = None,
+        segments: Int[Tensor, "batch length"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "batch length dim"]:
+        """The final norm's output, in the compute dtype.
+
+        Args:
+            tokens: ids under `vocab_size`. positions: rotary position of each token, under `context_length`; None
+                counts from 0. segments: number of the document that each token belongs to; a token sees only its own
+                document. None means one document.
+            cache: read and extended by these tokens; it decides the positions, so `positions` and `segments` must be
+                None.
+
+        Raises:
+            ContextError: there are more tokens than the context, or the cache, holds.
+        """
+        context = self._attention_context(tokens.shape[1], positions, segments, cache)
+        x = widen(self.model.embed_tokens(tokens))
+        for index, block in enumerate(self.model.layers):
+            layer_cache = None if cache is None else cache.layers[index]
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, context, layer_cache, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, context, layer_cache)
+        if cache is not None:
+            cache.lengths += tokens.shape[1]
+        return self.model.norm(x)
+
+    def unembed(self, hidden: Float[Tensor, "*shape dim"]) -> Float[Tensor, "*shape vocab"]:
+        """Logits of hidden states, in the compute dtype."""
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        return F.linear(flat, self.head_weight).view(*hidden.shape[:-1], -1)
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch length"],
+        *,
+        positions: Int[Tensor, "batch length"] | None = None,
+        segments: Int[Tensor, "batch length"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "batch length vocab"]:
+        """Logits of the next token at every position, in the compute dtype; arguments and errors as in `hidden_states`."""
+        return self.unembed(self.hidden_states(tokens, positions=positions, segments=segments, cache=cache))
+
+    def token_logprobs(
+        self,
+        tokens: Int[Tensor, "batch length"],
+        targets: Int[Tensor, "batch length"],
+        *,
+        positions: Int[Tensor, "batch length"] | None = None,
+        segments: Int[Tensor, "batch length"] | None = None,
+    ) -> Float[Tensor, "batch length"]:
+        """Log-probability in nats of each target after its token and all before it: float32, differentiable once.
+
+        Every target must be a valid id; positions that do not count are weighted with 0 by the caller. At most
+        `logits_chunk_bytes` of logits exist at a time, in forward and in backward. Arguments and errors otherwise as in
+        `hidden_states`.
+        """
+        hidden = self.hidden_states(tokens, positions=positions, segments=segments)
+        logprobs = chunked_logprobs(
+            hidden.reshape(-1, hidden.shape[-1]),
+            self.head_weight,
+            targets.reshape(-1),
+            compute_dtype=compute_dtype(self.head_weight),
+            chunk_bytes=self.logits_chunk_bytes,
+        )
+        return logprobs.view(tokens.shape)
+
+    def _attention_context(
+        self, length: int, positions: Tensor | None, segments: Tensor | None, cache: KVCache | None
+    ) -> AttentionContext:
+        if length > self.config.context_length:
+            raise ContextError(
+                f"A sequence of {length} tokens was given, but the model's context is {self.config.context_length}."
+            )
+        if cache is not None:
+            if positions is not None or segments is not None:
+                raise ValueError("positions and segments must be None with a cache, which decides the positions.")
+            positions = cache.next_positions(length)
+            extent = int(positions.max()) + 1
+            mask = torch.arange(extent, device=positions.device) <= positions[:, None, :, None]
+            cos, sin = self.model.rotary(positions, length=length)
+            return AttentionContext(cos=cos, sin=sin, mask=mask, positions=positions, extent=extent)
+        cos, sin = self.model.rotary(positions, length=length)
+        mask = None
+        if segments is not None:
+            causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+            mask = (segments[:, None, :, None] == segments[:, None, None, :]) & causal
+        return AttentionContext(cos=cos, sin=sin, mask=mask)
+
+
+def _initial_std(name: str, parameter: Tensor, *, init: InitConfig, num_layers: int) -> float:
+    if name == "model.embed_tokens.weight":
+        return init.embedding_std
+    if name == "lm_head.weight":
+        return init.head_std
+    std = init.linear_scale / math.sqrt(parameter.shape[1])
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        return 0.0 if init.zero_residual_outputs else std / math.sqrt(2 * num_layers)
+    return std

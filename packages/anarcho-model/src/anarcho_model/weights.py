@@ -1,0 +1,110 @@
+"""Saving and loading a model as a Hugging Face directory, for PyTorch.
+
+Notable: Transformers, mlx-lm, lm-eval and llama.cpp's converter read what is written here without an export step, and a
+    Llama or Qwen3 of theirs is read back. Tied weights are written once. Writing is not atomic and not flushed to the
+    disk: who needs that writes beside the final name, calls fsync and renames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from anarcho_model.config import ModelConfig
+from anarcho_model.directory import (
+    EMBEDDING,
+    HEAD,
+    WEIGHTS_FILE,
+    DirectoryError,
+    check_shapes,
+    load_config,
+    load_stop_token_ids,
+    write_config_files,
+)
+from anarcho_model.torch import GPT
+
+__all__ = [
+    "DirectoryError",
+    "load_config",
+    "load_pretrained",
+    "load_stop_token_ids",
+    "load_weights",
+    "save_pretrained",
+]
+
+
+def save_pretrained(
+    model: GPT,
+    directory: str | Path,
+    *,
+    eos_token_id: int | Sequence[int] | None,
+    pad_token_id: int | None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write `config.json`, `generation_config.json` and `model.safetensors` into `directory`, which is made if missing.
+
+    `dtype` is the element type in the file; None keeps the parameters' own.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    written = str(tensors[EMBEDDING].dtype).removeprefix("torch.")
+    write_config_files(model.config, directory, eos_token_id=eos_token_id, pad_token_id=pad_token_id, dtype=written)
+    save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+@torch.no_grad()
+def load_weights(model: GPT, directory: str | Path) -> None:
+    """Copy the weights of a directory into `model`, converted to its element type and device.
+
+    Raises:
+        FileNotFoundError: there is no `model.safetensors`.
+        DirectoryError: it is damaged, or its tensors are not this model's; nothing has been copied then.
+    """
+    path = Path(directory) / WEIGHTS_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} not found, expected the weights of a model in one file.")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            names = list(file.keys())
+            check_shapes({name: file.get_slice(name).get_shape() for name in names}, model.config, path=path)
+            _check_redundant_head(
+                model.config, {name: file.get_tensor(name) for name in names if name in (EMBEDDING, HEAD)}, path
+            )
+            for name, parameter in model.state_dict().items():
+                parameter.copy_(file.get_tensor(name))
+    except SafetensorError as error:
+        raise DirectoryError(f"{path} is damaged ({error}), expected a safetensors file.") from error
+
+
+def load_pretrained(
+    directory: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> GPT:
+    """Build the model that `config.json` describes and load its weights; `dtype` None means float32.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        DirectoryError: a file is damaged, unsupported or does not fit the other.
+    """
+    config = load_config(directory)
+    with torch.device("cpu"):
+        model = GPT(config)
+    load_weights(model.to(dtype or torch.float32), directory)
+    return model.to(device)
+
+
+def _check_redundant_head(config: ModelConfig, tensors: dict[str, Tensor], path: Path) -> None:
+    """A file of tied weights may hold the output layer, too, but only if it says the same."""
+    if config.tie_embeddings and HEAD in tensors and not torch.equal(tensors[HEAD], tensors[EMBEDDING]):
+        raise DirectoryError(
+            f"{path} holds an {HEAD} that differs from {EMBEDDING}, expected equal ones because "
+            "config.json says tie_word_embeddings; set it to false to load both."
+        )
