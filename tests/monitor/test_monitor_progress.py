@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import math
+import random
 
 import pytest
 from anarcho_monitor import Progress
 from anarcho_monitor.progress import describe, format_count, format_seconds, printable
+from anarcho_monitor.remaining import RemainingTime
 
 
 class Clock:
@@ -110,3 +112,46 @@ def test_durations_read_in_their_two_largest_units(seconds: float, text: str) ->
 )
 def test_counts_read_with_three_digits(count: float, text: str) -> None:
     assert format_count(count) == text
+
+
+@pytest.mark.parametrize(
+    ("evaluate_every", "evaluate_seconds", "slower_from"),
+    [(1001, 0.0, 1001), (50, 10.0, 1001), (100, 8.0, 1001), (50, 5.0, 60)],
+)
+def test_the_records_alone_give_the_remaining_time_within_a_tenth_once_a_fifth_is_done(
+    evaluate_every: int, evaluate_seconds: float, slower_from: int
+) -> None:
+    clock, total, seen, window = Clock(), 1000, [], []
+    remaining = RemainingTime(total, clock=clock)
+    for step in range(1, total + 1):
+        window.append(
+            90.0 if step == 1 else random.Random(step).uniform(0.4, 0.6) + (0.4 if step >= slower_from else 0)
+        )
+        clock.now += window[-1]
+        if step % 10 == 0:
+            remaining.trained(step, sum(window) / len(window))
+            window = []
+            seen.append((step, remaining.seconds, clock.now))
+        if step % evaluate_every == 0:
+            clock.now += evaluate_seconds
+            remaining.validated(step)
+    assert seen[0][1] is None
+    for step, estimate, at in seen:
+        if total / 5 <= step <= total * 0.9:
+            assert estimate == pytest.approx(clock.now - at, rel=0.1), f"at step {step}"
+    assert seen[-1][1] == pytest.approx(0, abs=10)
+
+
+def test_a_new_attempt_forgets_the_measurements_of_the_one_before() -> None:
+    stream, clock = io.StringIO(), Clock()
+    progress = Progress(100, stream=stream, tokens_per_step=10, interval_seconds=0, clock=clock)
+    for step in (10, 20):
+        clock.now += 10
+        progress.write("train", step=step, tokens=0, step_seconds=1.0)
+    assert stream.getvalue().splitlines()[-1].endswith("1 min 20 s left")
+    clock.now += 5000
+    progress.write("start", step=20, tokens=0)
+    for step in (30, 40):
+        clock.now += 20
+        progress.write("train", step=step, tokens=0, step_seconds=2.0)
+    assert stream.getvalue().splitlines()[-1].endswith("2 min 0 s left")

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, TextIO
 
 from anarcho_monitor.metrics import number_from_json, to_json
+from anarcho_monitor.remaining import RemainingTime
 
 
 class _Display(Protocol):
@@ -44,10 +45,14 @@ class Progress:
         self._total_steps = total_steps
         self._tokens_per_step = tokens_per_step
         self._bits_per_byte: float | None = None
+        self._remaining = RemainingTime(total_steps, clock=clock)
         self._display = _display(stream or sys.stderr, total_steps, interval_seconds, clock)
 
     def write(self, kind: str, *, step: int, tokens: int, **values: Any) -> None:
+        if kind == "start":
+            self._remaining.restart()
         if kind == "validation":
+            self._remaining.validated(step)
             self._bits_per_byte = _number(values, "bits_per_byte")
         if kind == "train":
             self._display.update(step, self._status(step, values))
@@ -59,9 +64,7 @@ class Progress:
 
     def _status(self, step: int, values: dict[str, Any]) -> str:
         speed = _number(values, "tokens_per_second")
-        eta = _number(values, "eta_seconds")
-        if eta is None and speed:
-            eta = (self._total_steps - step) * self._tokens_per_step / speed
+        eta = self._seconds_left(step, speed, values)
         # The last validation's figure, unless the loop measures it on the training text, too.
         bits_per_byte = _number(values, "bits_per_byte")
         shown = self._bits_per_byte if bits_per_byte is None else bits_per_byte
@@ -74,6 +77,15 @@ class Progress:
             f"{format_seconds(eta)} left" if eta is not None else "",
         ]
         return "  ".join(part for part in parts if part)
+
+    def _seconds_left(self, step: int, speed: float | None, values: dict[str, Any]) -> float | None:
+        """What the loop says, or else what the records let expect, or else what the speed of this one alone does."""
+        step_seconds = _number(values, "step_seconds") or (self._tokens_per_step / speed if speed else None)
+        if step_seconds is None:
+            return _number(values, "eta_seconds")
+        self._remaining.trained(step, step_seconds)
+        estimates = (_number(values, "eta_seconds"), self._remaining.seconds, (self._total_steps - step) * step_seconds)
+        return next(estimate for estimate in estimates if estimate is not None)
 
 
 def describe(kind: str, step: int, values: dict[str, Any]) -> str:
