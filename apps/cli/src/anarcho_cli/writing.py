@@ -31,7 +31,7 @@ class Completion:
     seconds: float
     """Time that the writing took."""
     stopped_by: str
-    """`end_of_text` where the model ended the document, else `length`."""
+    """`end_of_text` where the model ended the document, `length` at the most new tokens, `context` where that is full."""
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a dictionary for JSON."""
@@ -73,13 +73,16 @@ class Writer:
         """The new text as a whole."""
         start = time.monotonic()
         tokens = list(self._tokens(prompt, config))
-        ended = len(tokens) < config.max_new_tokens
+        prompt_tokens = len(self.prompt_ids(prompt))
+        stopped_by = "length" if len(tokens) == config.max_new_tokens else "end_of_text"
+        if prompt_tokens + len(tokens) == self.model.config.context_length:
+            stopped_by = "context"
         return Completion(
             text=self.tokenizer.decode(tokens),
-            prompt_tokens=len(self.prompt_ids(prompt)),
+            prompt_tokens=prompt_tokens,
             new_tokens=len(tokens),
             seconds=time.monotonic() - start,
-            stopped_by="end_of_text" if ended else "length",
+            stopped_by=stopped_by,
         )
 
     def _tokens(self, prompt: str, config: SamplingConfig) -> Iterator[int]:
@@ -87,7 +90,4 @@ class Writer:
 
         stops = config.stop_token_ids or (self.tokenizer.eot_id,)
         settings = dataclasses.replace(config, stop_token_ids=stops)
-        for token in generate(self.model, self.prompt_ids(prompt), config=settings):
-            if token in stops:
-                return
-            yield token
+        return generate(self.model, self.prompt_ids(prompt), config=settings)

@@ -64,7 +64,8 @@ def _read_prompt(prompt: str | None) -> str:
         return ""
     raw = typer.get_binary_stream("stdin").read()
     try:
-        return raw.decode("utf-8")
+        # Without the line end that `echo` adds, as in a shell's own $(...).
+        return raw.decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"the prompt on standard input is not UTF-8 text (byte {error.start}); convert it") from error
 

@@ -1,0 +1,127 @@
+"""`anarcho generate` with a tiny untrained model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from anarcho_cli.output import printable
+from anarcho_cli.writing import Writer
+from anarcho_model import ModelConfig
+from anarcho_model.generate.sampling import SamplingConfig
+from anarcho_model.torch import GPT
+from anarcho_model.weights import save_pretrained
+from anarcho_tokenize import Tokenizer, TokenizerConfig, train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory with its tokenizer; context 32, vocabulary 285."""
+    directory = tmp_path_factory.mktemp("model")
+    tokenizer = train_tokenizer(["the whale and the sea, the ship. " * 100], config=TokenizerConfig(vocab_size=285))
+    tokenizer.save(directory)
+    network = GPT(ModelConfig(vocab_size=285, context_length=32, num_layers=1, dim=16, num_heads=2))
+    network.init_weights(seed=0)
+    save_pretrained(network, directory, eos_token_id=tokenizer.eot_id, pad_token_id=tokenizer.pad_id)
+    return directory
+
+
+def biased(model: Path, token: int) -> Writer:
+    """The model with an embedding that makes ``token`` the likeliest next one, whatever went before."""
+    writer = Writer.load(model, device="cpu")
+    with torch.no_grad():
+        weight = writer.model.model.embed_tokens.weight.zero_()
+        weight[:, 0] = -1
+        weight[token, 0] = -2
+    return writer
+
+
+def test_streamed_text_equals_the_whole_text(model: Path, anarcho) -> None:
+    arguments = ["generate", model, "the whale", "--seed", 3, "-n", 12, "--device", "cpu"]
+    streamed = anarcho(*arguments)
+    assert streamed.exit_code == 0, streamed.output
+    whole = json.loads(anarcho(*arguments, "--json").stdout)
+    assert streamed.stdout == whole["text"] + "\n"
+    assert whole["new_tokens"] == 12
+    assert whole["stopped_by"] == "length"
+    assert whole["model"] == str(model)
+
+
+def test_the_same_seed_repeats_a_text_and_another_does_not(model: Path, anarcho) -> None:
+    def text(seed: int) -> str:
+        return anarcho("generate", model, "the", "--seed", seed, "-n", 20, "--device", "cpu").stdout
+
+    assert text(1) == text(1)
+    assert text(1) != text(2)
+
+
+def test_the_prompt_may_come_from_standard_input(model: Path, anarcho) -> None:
+    arguments = [model, "-t", 0, "-n", 4, "--device", "cpu", "--json"]
+    for extra in ([], ["-"]):
+        result = anarcho("generate", *arguments[:1], *extra, *arguments[1:], input="the sea\n")
+        assert json.loads(result.stdout)["prompt"] == "the sea"
+
+
+def test_a_prompt_begins_a_document_as_in_training(model: Path) -> None:
+    writer = Writer.load(model, device="cpu")
+    assert writer.prompt_ids("the") == [writer.tokenizer.eot_id, *Tokenizer.load(model).encode("the")]
+    assert writer.prompt_ids("") == [writer.tokenizer.eot_id]
+
+
+def test_a_text_ends_with_the_document(model: Path) -> None:
+    eot = Tokenizer.load(model).eot_id
+    ended = biased(model, eot).complete("the", config=SamplingConfig(temperature=0, max_new_tokens=100))
+    assert (ended.text, ended.new_tokens, ended.stopped_by) == ("", 0, "end_of_text")
+
+
+def test_a_text_ends_where_the_context_is_full(model: Path) -> None:
+    letter = Tokenizer.load(model).encode("w")[0]
+    full = biased(model, letter).complete("the", config=SamplingConfig(temperature=0, max_new_tokens=100))
+    assert full.stopped_by == "context"
+    assert full.prompt_tokens + full.new_tokens == 32
+
+
+def test_half_a_character_is_held_back_until_it_is_whole(model: Path) -> None:
+    byte = Tokenizer.load(model).encode("é")[0]
+    pieces = list(biased(model, byte).stream("the", config=SamplingConfig(temperature=0, max_new_tokens=3)))
+    assert all(pieces), "an empty piece was handed on"
+    assert set("".join(pieces)) == {"\ufffd"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["x" * 200], "context"),
+        (["a", "-t", "-1"], "sample.temperature"),
+        (["a", "--top-k", "0"], "sample.top_k"),
+        (["a", "--top-p", "1.5"], "sample.top_p"),
+        (["a", "-n", "-3"], "sample.max_new_tokens"),
+    ],
+)
+def test_bad_sampling_or_prompt_is_refused(arguments: list[str], part: str, model: Path, refused) -> None:
+    assert part in refused("generate", model, *arguments, "--device", "cpu")
+
+
+def test_a_path_without_a_model_is_refused(tmp_path: Path, refused) -> None:
+    assert "absent" in refused("generate", tmp_path / "absent", "a", "--device", "cpu")
+    assert "holds no model" in refused("generate", tmp_path, "a", "--device", "cpu")
+
+
+def test_a_prompt_that_is_no_utf8_is_refused(model: Path, refused) -> None:
+    assert "not UTF-8" in refused("generate", model, "--device", "cpu", input=b"caf\xe9")
+
+
+def test_damaged_weights_are_refused_by_name(model: Path, tmp_path: Path, refused) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in model.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    (broken / "model.safetensors").write_bytes(b"\xff" * 64)
+    assert "model.safetensors" in refused("generate", broken, "a", "--device", "cpu")
+
+
+def test_control_characters_never_reach_a_terminal() -> None:
+    assert printable("a\x1b[2Jb\x07\x9b\n\tc\r") == "a\ufffd[2Jb\ufffd\ufffd\n\tc\ufffd"
+    assert printable("naïve 鯨 🐋") == "naïve 鯨 🐋"
