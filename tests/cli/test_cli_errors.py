@@ -65,10 +65,9 @@ def test_a_defect_is_exit_status_1_and_a_hint_at_debug(error: Exception) -> None
 
 
 def test_a_value_error_from_inside_a_library_is_a_defect() -> None:
-    try:
+    with pytest.raises(ValueError, match="Expecting") as caught:
         json.loads("{")
-    except ValueError as error:
-        message, code = explain(error)
+    message, code = explain(caught.value)
     assert code == 1
     assert "--debug" in message
 

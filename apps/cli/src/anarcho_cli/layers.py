@@ -138,6 +138,6 @@ def merge(layers: Sequence[Layer]) -> tuple[dict[str, dict[str, Any]], dict[tupl
                 table = sections.setdefault(section, {})
                 previous = table.get(key)
                 both_tables = isinstance(previous, dict) and isinstance(value, dict)
-                table[key] = {**previous, **value} if both_tables else value
+                table[key] = {**(previous or {}), **value} if both_tables else value
                 origins[section, key] = layer.origin
     return sections, origins

@@ -95,7 +95,7 @@ def model_of(config_class: type) -> type[pydantic.BaseModel]:
     hints, descriptions = field_types(config_class), field_docs(config_class)
     fields: dict[str, Any] = {}
     for field in dataclasses.fields(config_class):
-        default = {} if field.default is dataclasses.MISSING else {"default": field.default}
+        default: dict[str, Any] = {} if field.default is dataclasses.MISSING else {"default": field.default}
         if field.default_factory is not dataclasses.MISSING:
             default = {"default_factory": field.default_factory}
         nested = _nested(hints[field.name])
@@ -170,7 +170,8 @@ def describe(hint: Any) -> str:
 
 def _nested(hint: Any) -> type | None:
     """The dataclass in a type such as ``RopeScaling | None``: a table inside the section."""
-    return next((argument for argument in get_args(hint) if dataclasses.is_dataclass(argument)), None)
+    found = (item for item in get_args(hint) if isinstance(item, type) and dataclasses.is_dataclass(item))
+    return next(found, None)
 
 
 def _optional(hint: Any) -> bool:

@@ -69,8 +69,7 @@ def _store(run: Path) -> CheckpointStore:
 
 
 def _facts(info: CheckpointInfo) -> dict[str, object]:
-    facts = dataclasses.asdict(info)
-    return facts | {"path": str(info.path)}
+    return {**dataclasses.asdict(info), "path": str(info.path)}
 
 
 def _loss(info: CheckpointInfo) -> str:
