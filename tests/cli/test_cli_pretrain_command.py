@@ -7,6 +7,7 @@ import sys
 import types
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,8 @@ def test_json_prints_the_summary_object(composer: Composer, anarcho) -> None:
 
 def test_options_become_settings(composer: Composer, anarcho, tmp_path: Path) -> None:
     (tmp_path / "my.toml").write_text("[train]\nsteps = 9\n")
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "a.txt").write_text("a text")
     arguments = ["--preset", "small-15m", "-c", "my.toml", "--set", "train.seed=4", "--data", "x/*.txt"]
     anarcho("pretrain", *arguments, "--name", "n", "--runs-dir", "elsewhere", "--device", "cpu")
     (call,) = composer.calls
@@ -154,6 +157,9 @@ def test_resume_refuses_what_would_change_the_run(option: list[str], composer: C
         (["--set", "model.head_dim=5"], ["model.head_dim", "even"]),
         (["--set", "train.sequence_length=512"], ["train.sequence_length", "512", "model.context_length", "256"]),
         (["--tokenizer", "absent"], ["absent"]),
+        (["--data", "absent.txt"], ["absent.txt"]),
+        (["--data", "absent/*.txt"], ["absent/*.txt"]),
+        (["--data", "runs"], ["runs", "no text"]),
         (["--name", "../x"], ["--name", "../x"]),
         (["--name", ".hidden"], ["--name", ".hidden"]),
         (["--name", ""], ["--name"]),
@@ -180,7 +186,8 @@ def test_a_device_that_is_not_there_is_refused(
 ) -> None:
     from anarcho_cli import devices
 
-    monkeypatch.setattr(devices, "find_accelerators", devices.Accelerators)
+    bare = partial(devices.resolve_device, find=devices.Accelerators)
+    monkeypatch.setattr(devices, "resolve_device", bare)
     for device in ("mps", "cuda"):
         assert f"--device {device}" in refused("pretrain", "--device", device)
     assert composer.calls == []

@@ -59,6 +59,7 @@ def pretrain(
     from anarcho_cli.runs import new_run_directory
 
     directory = new_run_directory(runs_dir, name, preset=preset)
+    _require_source(config.data.source)
     if dry_run:
         _print_plan(config, device=device, json=json)
         return
@@ -96,6 +97,14 @@ def _configuration(
         size = Tokenizer.load(tokenizer).vocab_size
         options.append(Layer(origin=f"--tokenizer {tokenizer}", sections={"tokenizer": {"vocab_size": size}}))
     return resolve(preset=preset, file=file, overrides=overrides, options=options)
+
+
+def _require_source(source: str) -> None:
+    """Find the text now, so that a wrong path leaves no run behind."""
+    from anarcho_tokenize.sources import EMBEDDED, find_files
+
+    if source != EMBEDDED:
+        find_files(source)
 
 
 def _print_plan(config: RunConfig, *, device: Device, json: bool) -> None:
