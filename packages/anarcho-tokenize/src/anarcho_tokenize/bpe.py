@@ -26,13 +26,20 @@ import sentencepiece
 
 from anarcho_tokenize.errors import TokenizerError
 from anarcho_tokenize.huggingface import tokenizer_files
-from anarcho_tokenize.symbols import END_OF_TEXT, LINE_BREAKS, PAD, SPACE_MARK, SPECIAL_TOKENS
+from anarcho_tokenize.symbols import (
+    END_OF_TEXT,
+    FIRST_BYTE,
+    FIRST_LEARNED,
+    LINE_BREAKS,
+    PAD,
+    SPACE_MARK,
+    SPECIAL_TOKENS,
+)
 
 MODEL_FILE = "tokenizer.model"
 _CUT = re.compile(r"(?<=[^ ]) |(?<=\n)[^\n]")
 _CUT_CHARACTERS = 1000
 _BATCH_CHARACTERS = 4_000_000
-_NUM_BYTES = 256
 
 
 class Tokenizer:
@@ -57,7 +64,7 @@ class Tokenizer:
         self.special_tokens: dict[str, int] = {token: number for number, token in enumerate(SPECIAL_TOKENS)}
         self.eot_id = self.special_tokens[END_OF_TEXT]
         self.pad_id = self.special_tokens[PAD]
-        self._space_mark_ids = [len(SPECIAL_TOKENS) + len(LINE_BREAKS) + byte for byte in SPACE_MARK.encode()]
+        self._space_mark_ids = [FIRST_BYTE + byte for byte in SPACE_MARK.encode()]
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
@@ -78,6 +85,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text. Raises TokenizerError for lone surrogates, which no UTF-8 text can hold."""
+        check_unicode(text, name="The text")
         return list(chain.from_iterable(self._encode_cuts(_cuts(text), num_threads=1)))
 
     def encode_documents(
@@ -106,10 +114,7 @@ class Tokenizer:
         return self._bytes[token_id]
 
     def _encode_cuts(self, cuts: list[str], *, num_threads: int) -> list[list[int]]:
-        try:
-            plain = self._processor.encode([cut.replace(SPACE_MARK, "") for cut in cuts], num_threads=num_threads)
-        except UnicodeEncodeError as error:
-            raise _surrogate_error(error) from error
+        plain = self._processor.encode([cut.replace(SPACE_MARK, "") for cut in cuts], num_threads=num_threads)
         return [self._encode_marked(cut) if SPACE_MARK in cut else ids for cut, ids in zip(cuts, plain, strict=True)]
 
     def _encode_marked(self, text: str) -> list[int]:
@@ -147,7 +152,8 @@ def _cuts(text: str) -> list[str]:
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
     batch, characters = [], 0
-    for document in documents:
+    for number, document in enumerate(documents, start=1):
+        check_unicode(document, name=f"Document {number}")
         batch.append(document)
         characters += len(document)
         if characters >= _BATCH_CHARACTERS:
@@ -157,25 +163,28 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _surrogate_error(error: UnicodeEncodeError) -> TokenizerError:
-    character = ord(error.object[error.start])
-    return TokenizerError(
-        f"The text holds the lone surrogate U+{character:04X}, which UTF-8 cannot represent; "
-        "expected Unicode text, so repair or remove it (for example with text.encode('utf-8', 'replace').decode())."
-    )
+def check_unicode(text: str, *, name: str) -> None:
+    """Raise TokenizerError, which begins with `name`, for a text that UTF-8 cannot hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TokenizerError(
+            f"{name} holds the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, which UTF-8 cannot represent; "
+            "expected Unicode text, so repair or remove it."
+        ) from error
 
 
 def _piece_bytes(processor: sentencepiece.SentencePieceProcessor, *, name: str) -> list[bytes]:
     """Bytes of each piece, in the order of ids; proves on the way that the model is one of ours."""
     pieces: Sequence[str] = processor.id_to_piece(list(range(processor.get_piece_size())))
-    fixed = [*SPECIAL_TOKENS, *LINE_BREAKS, *(f"<0x{byte:02X}>" for byte in range(_NUM_BYTES))]
+    fixed = [*SPECIAL_TOKENS, *LINE_BREAKS, *(f"<0x{byte:02X}>" for byte in range(256))]
     for number, expected in enumerate(fixed):
         found = pieces[number] if number < len(pieces) else None
         if found != expected:
             raise TokenizerError(
                 f"{name} has {found!r} as piece {number}; expected {expected!r}, as in every tokenizer that train_tokenizer makes."
             )
-    learned = pieces[len(fixed) :]
+    learned = pieces[FIRST_LEARNED:]
     joined = next((piece for piece in learned if re.search(rf"[^{SPACE_MARK}]{SPACE_MARK}|\n", piece)), None)
     if joined is not None or SPACE_MARK not in learned:
         raise TokenizerError(
@@ -183,4 +192,4 @@ def _piece_bytes(processor: sentencepiece.SentencePieceProcessor, *, name: str) 
         )
     none = [b""] * len(SPECIAL_TOKENS)
     text = [piece.replace(SPACE_MARK, " ").encode() for piece in learned]
-    return none + [mark.encode() for mark in LINE_BREAKS] + [bytes([byte]) for byte in range(_NUM_BYTES)] + text
+    return none + [mark.encode() for mark in LINE_BREAKS] + [bytes([byte]) for byte in range(256)] + text

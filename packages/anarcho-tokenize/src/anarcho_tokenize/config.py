@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from anarcho_tokenize.errors import ShardError, TokenizerError
+from anarcho_tokenize.symbols import FIRST_LEARNED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,10 @@ class TokenizerConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise TokenizerError(f"tokenizer.{name} is {value!r}; expected a whole number of at least 1.")
+        if self.vocab_size <= FIRST_LEARNED:
+            raise TokenizerError(
+                f"tokenizer.vocab_size is {self.vocab_size}; expected more than the {FIRST_LEARNED} special tokens, bytes and line breaks."
+            )
         if not 0.9 <= self.character_coverage <= 1:
             raise TokenizerError(
                 f"tokenizer.character_coverage is {self.character_coverage!r}; expected a share between 0.9 and 1."

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 import sentencepiece
 
-from anarcho_tokenize.symbols import END_OF_TEXT, LINE_BREAKS, PAD, SPACE_MARK, SPECIAL_TOKENS, UNKNOWN
+from anarcho_tokenize.symbols import END_OF_TEXT, FIRST_LEARNED, PAD, SPACE_MARK, SPECIAL_TOKENS, UNKNOWN
 
 
 def tokenizer_files(processor: sentencepiece.SentencePieceProcessor) -> dict[str, str]:
@@ -85,8 +85,7 @@ def _added_token(number: int, token: str) -> dict[str, object]:
 
 def _merges(processor: sentencepiece.SentencePieceProcessor) -> Iterator[list[str]]:
     """Pairs of pieces in the order in which they are joined."""
-    first_learned = len(SPECIAL_TOKENS) + len(LINE_BREAKS) + 256
-    learned = range(first_learned, processor.get_piece_size())
+    learned = range(FIRST_LEARNED, processor.get_piece_size())
     score = {processor.id_to_piece(number).replace(SPACE_MARK, " "): processor.get_score(number) for number in learned}
     for piece in sorted(score, key=lambda piece: -score[piece]):
         splits = [at for at in range(1, len(piece)) if piece[:at] in score and piece[at:] in score]

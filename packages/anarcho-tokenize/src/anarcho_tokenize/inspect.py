@@ -8,9 +8,9 @@ import numpy as np
 from anarcho_tokenize.bpe import Tokenizer
 from anarcho_tokenize.errors import ShardError
 from anarcho_tokenize.shards import TokenShards
+from anarcho_tokenize.symbols import FIRST_BYTE, FIRST_LEARNED
 
 _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-_FIRST_ORDINARY = 7 + 256 + 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +95,9 @@ def inspect_tokenizer(tokenizer: Tokenizer, documents: Iterable[str], *, longest
     for ids in tokenizer.encode_documents(counted()):
         counts += np.bincount(ids, minlength=tokenizer.vocab_size)
     tokens = int(counts.sum())
-    learned = range(_FIRST_ORDINARY, tokenizer.vocab_size)
+    learned = range(FIRST_LEARNED, tokenizer.vocab_size)
     texts = (tokenizer.token_bytes(token).decode() for token in learned)
-    byte_tokens = int(counts[_FIRST_ORDINARY - 256 : _FIRST_ORDINARY].sum())
+    byte_tokens = int(counts[FIRST_BYTE:FIRST_LEARNED].sum())
     return TokenizerReport(
         sha256=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,
@@ -108,7 +108,7 @@ def inspect_tokenizer(tokenizer: Tokenizer, documents: Iterable[str], *, longest
         tokens=tokens,
         bytes_per_token=num_bytes / tokens if tokens else 0.0,
         byte_token_share=byte_tokens / tokens if tokens else 0.0,
-        unused_pieces=int((counts[_FIRST_ORDINARY:] == 0).sum()),
+        unused_pieces=int((counts[FIRST_LEARNED:] == 0).sum()),
     )
 
 

@@ -134,7 +134,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{file} is missing; expected a directory of token shards, so {hint}.")
     try:
         index = json.loads(file.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ShardError(f"{file} is not JSON ({error}); prepare the data anew.") from error
     _check_index(index, file=file)
     return index

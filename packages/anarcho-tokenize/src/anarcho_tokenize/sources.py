@@ -5,23 +5,19 @@ skipped in silence but what holds no text: a line that is not JSON, a text that 
 the place. Parquet needs pyarrow (`anarcho-tokenize[parquet]`); .zst needs Python 3.14 or zstandard (`anarcho-tokenize[zstd]`).
 """
 
-import bz2
 import glob
-import gzip
 import json
-import lzma
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from anarcho_tokenize.corpus import embedded_documents
 from anarcho_tokenize.errors import SourceError
+from anarcho_tokenize.unpacking import COMPRESSIONS, open_unpacked, unpacking_errors
 
 EMBEDDED = "embedded"
 _FORMATS = (".txt", ".jsonl", ".parquet")
-_COMPRESSIONS = (".gz", ".xz", ".bz2", ".zst")
 _EXPECTED = ".txt, .jsonl (each perhaps with .gz, .xz, .bz2 or .zst) or .parquet"
 _CHUNK_BYTES = 2**20
 
@@ -60,8 +56,7 @@ def find_files(spec: str | os.PathLike[str]) -> list[Path]:
         _format(path)
         return [path]
     if path.is_dir():
-        candidates = (file for file in path.rglob("*") if _is_supported(file) and not file.name.startswith("."))
-        if files := sorted(file for file in candidates if file.is_file()):
+        if files := sorted(file for file in path.rglob("*") if _is_visible(file, under=path) and file.is_file()):
             return files
         raise SourceError(f"The directory {path} holds no text file; expected {_EXPECTED}.")
     matches = sorted(Path(match) for match in glob.glob(os.fspath(spec), recursive=True))  # noqa: PTH207 - Path.glob refuses absolute patterns
@@ -77,7 +72,7 @@ def find_files(spec: str | os.PathLike[str]) -> list[Path]:
 
 def _format(path: Path) -> str:
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in _COMPRESSIONS:
+    if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
         if suffixes and suffixes[-1] == ".parquet":
             suffixes = []
@@ -86,7 +81,10 @@ def _format(path: Path) -> str:
     return suffixes[-1]
 
 
-def _is_supported(path: Path) -> bool:
+def _is_visible(path: Path, *, under: Path) -> bool:
+    """Whether a directory's entry is of a kind that is read, and not hidden or within something hidden."""
+    if any(part.startswith(".") for part in path.relative_to(under).parts):
+        return False
     try:
         return bool(_format(path))
     except SourceError:
@@ -99,7 +97,7 @@ def _documents(file: Path, *, text_field: str, document_separator: str | None) -
         yield from _parquet(file, text_field=text_field)
         return
     try:
-        with _open(file) as stream:
+        with open_unpacked(file) as stream:
             if kind == ".jsonl":
                 yield from _json_lines(file, stream, text_field=text_field)
             elif document_separator is None:
@@ -108,34 +106,8 @@ def _documents(file: Path, *, text_field: str, document_separator: str | None) -
                 yield from _separated(file, stream, separator=document_separator.encode())
     except PermissionError as error:
         raise SourceError(f"{file} cannot be read: permission denied; make it readable.") from error
-    except (OSError, EOFError, lzma.LZMAError, _zstd_error()) as error:
+    except unpacking_errors() as error:
         raise SourceError(f"{file} cannot be read ({error}); expected a whole, valid {file.suffix} file.") from error
-
-
-def _open(file: Path) -> IO[bytes]:
-    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-    suffix = file.suffix.lower()
-    if suffix == ".zst":
-        return _open_zstd(file)
-    return openers.get(suffix, open)(file, "rb")
-
-
-def _open_zstd(file: Path) -> IO[bytes]:
-    if sys.version_info >= (3, 14):
-        from compression import zstd
-
-        return zstd.open(file, "rb")
-    try:
-        import zstandard
-    except ImportError as error:
-        raise SourceError(f"{file} needs zstandard to be read; install anarcho-tokenize[zstd].") from error
-    return zstandard.open(file, "rb")
-
-
-def _zstd_error() -> type[Exception]:
-    """The exception of whichever zstd module is loaded; it is loaded if a .zst file was opened."""
-    module = sys.modules.get("compression.zstd") or sys.modules.get("zstandard")
-    return getattr(module, "ZstdError", lzma.LZMAError)
 
 
 def _decode(data: bytes, *, file: Path, offset: int) -> str:

@@ -18,5 +18,11 @@ SPECIAL_TOKENS = (UNKNOWN, END_OF_TEXT, PAD, SYSTEM, USER, ASSISTANT, END)
 LINE_BREAKS = ("\n", "\n\n")
 """Pieces that are always whole and never part of another one, so that text may be cut behind a run of line breaks."""
 
+FIRST_BYTE = len(SPECIAL_TOKENS) + len(LINE_BREAKS)
+"""Id of the byte 0; the other bytes follow."""
+
+FIRST_LEARNED = FIRST_BYTE + 256
+"""Id of the first piece that was learned from text."""
+
 SPACE_MARK = "\u2581"
 """SentencePiece writes a space as this character, and would read this character as a space."""

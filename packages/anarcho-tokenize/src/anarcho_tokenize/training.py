@@ -14,7 +14,7 @@ from typing import Any
 
 import sentencepiece
 
-from anarcho_tokenize.bpe import Tokenizer
+from anarcho_tokenize.bpe import Tokenizer, check_unicode
 from anarcho_tokenize.config import TokenizerConfig
 from anarcho_tokenize.errors import TokenizerError
 from anarcho_tokenize.symbols import END_OF_TEXT, LINE_BREAKS, PAD, SPACE_MARK, SPECIAL_TOKENS, UNKNOWN
@@ -60,13 +60,7 @@ def sample_lines(documents: Iterable[str], *, sample_bytes: int, seed: int) -> l
 
 def _lines(documents: Iterable[str]) -> Iterator[str]:
     for number, document in enumerate(documents, start=1):
-        try:
-            document.encode()
-        except UnicodeEncodeError as error:
-            raise TokenizerError(
-                f"Document {number} holds the lone surrogate U+{ord(document[error.start]):04X} at character {error.start}, "
-                "which UTF-8 cannot represent; expected Unicode text, so repair or remove it."
-            ) from error
+        check_unicode(document, name=f"Document {number}")
         for line in _LINE_ENDS.split(document):
             yield from _PART.findall(line)
 

@@ -1,0 +1,129 @@
+"""Training: deterministic, of the asked size, and clear about what cannot be had."""
+
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+from anarcho_tokenize import Tokenizer, TokenizerConfig, TokenizerError, train_tokenizer
+from anarcho_tokenize.training import sample_lines
+
+
+@pytest.mark.parametrize("sample_bytes", [2**26, 50_000])
+def test_equal_documents_and_seed_give_an_equal_file(chapters: list[str], sample_bytes: int) -> None:
+    config = TokenizerConfig(vocab_size=500, sample_bytes=sample_bytes, seed=3)
+    first, second = (train_tokenizer(iter(chapters), config=config) for _ in range(2))
+    assert first.sha256 == second.sha256
+    assert first.vocab_size == 500
+
+
+def test_another_process_learns_the_same(chapters: list[str]) -> None:
+    code = (
+        "from anarcho_tokenize import *\nfrom itertools import islice\n"
+        "docs = islice(embedded_documents(), 5)\n"
+        "print(train_tokenizer(docs, config=TokenizerConfig(vocab_size=400)).sha256)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == train_tokenizer(chapters[:5], config=TokenizerConfig(vocab_size=400)).sha256
+
+
+def test_another_seed_samples_other_lines(chapters: list[str]) -> None:
+    tokenizers = [
+        train_tokenizer(chapters, config=TokenizerConfig(vocab_size=500, sample_bytes=50_000, seed=seed))
+        for seed in (0, 1)
+    ]
+    assert tokenizers[0].sha256 != tokenizers[1].sha256
+
+
+def test_sample_is_uniform_within_its_bytes_and_in_order() -> None:
+    lines = [f"{number:04d}" for number in range(1000)]
+    counts: Counter[str] = Counter()
+    for seed in range(200):
+        sample = sample_lines(["\n".join(lines)], sample_bytes=400, seed=seed)
+        assert len(sample) == 100
+        assert sample == sorted(sample)
+        counts.update(sample)
+    # Each line is drawn 20 times on average, with a deviation of 4.2: quarters of the corpus must agree far more closely.
+    quarters = [sum(counts[line] for line in lines[start : start + 250]) for start in range(0, 1000, 250)]
+    assert all(abs(quarter - 5000) < 300 for quarter in quarters)
+
+
+def test_sampled_lines_lose_nothing_but_their_separators() -> None:
+    document = "a" * 2500 + " tail of words" * 300 + "\n\0x\u2581y\u2585z\r\nend  "
+    assert "".join(sample_lines([document], sample_bytes=2**20, seed=0)) == "".join(
+        character for character in document if character not in "\n\0\u2581\u2585\r"
+    )
+
+
+def test_text_without_spaces_still_gets_a_piece_for_the_space() -> None:
+    tokenizer = train_tokenizer(["abc\nabcd\nabc"], config=TokenizerConfig(vocab_size=271))
+    assert [tokenizer.token_bytes(i) for i in tokenizer.encode(" a")] == [b" ", b"a"]
+
+
+def test_too_large_a_vocabulary_names_the_largest_possible_which_works() -> None:
+    documents = ["hello world"]
+    with pytest.raises(
+        TokenizerError, match=r"vocab_size is 4096, but the text supports at most (\d+) pieces"
+    ) as caught:
+        train_tokenizer(documents, config=TokenizerConfig(vocab_size=4096))
+    largest = int(str(caught.value).split("at most ")[1].split()[0])
+    assert train_tokenizer(documents, config=TokenizerConfig(vocab_size=largest)).vocab_size == largest
+
+
+@pytest.mark.parametrize("vocab_size", [266, 270])
+def test_too_small_a_vocabulary_says_what_is_needed(vocab_size: int) -> None:
+    with pytest.raises(TokenizerError, match=rf"vocab_size is {vocab_size}, but .* need \d+"):
+        train_tokenizer(["hello world"], config=TokenizerConfig(vocab_size=vocab_size))
+
+
+@pytest.mark.parametrize("documents", [[], [""], ["\n\n", "\0"]])
+def test_documents_without_text_are_refused(documents: list[str]) -> None:
+    with pytest.raises(TokenizerError, match="no text to learn a tokenizer from"):
+        train_tokenizer(documents, config=TokenizerConfig(vocab_size=300))
+
+
+def test_lone_surrogate_names_document_and_character() -> None:
+    with pytest.raises(TokenizerError, match=r"Document 2 holds the lone surrogate U\+DC80 at character 3"):
+        train_tokenizer(["fine", "abc\udc80"], config=TokenizerConfig(vocab_size=300))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("vocab_size", 0),
+        ("vocab_size", True),
+        ("vocab_size", 265),
+        ("sample_bytes", -1),
+        ("max_piece_length", 1.5),
+        ("character_coverage", 0.5),
+    ],
+)
+def test_configuration_names_the_wrong_field(field: str, value: object) -> None:
+    with pytest.raises(TokenizerError, match=rf"tokenizer\.{field} is {value!r}; expected"):
+        TokenizerConfig(**{field: value})
+
+
+def test_splitting_digits_can_be_turned_off() -> None:
+    tokenizer = train_tokenizer(
+        ["1851 1851 1851 1851\n" * 20], config=TokenizerConfig(vocab_size=273, split_digits=False)
+    )
+    assert len(tokenizer.encode("1851")) < 4
+
+
+def test_training_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
+    train_tokenizer(["hello world"], config=TokenizerConfig(vocab_size=276))
+    with pytest.raises(TokenizerError):
+        train_tokenizer(["hello world"], config=TokenizerConfig(vocab_size=4000))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_coverage_below_one_writes_rare_characters_as_bytes() -> None:
+    documents = ["abcdefgh " * 2000 + "Ω"]
+    rare = train_tokenizer(documents, config=TokenizerConfig(vocab_size=290, character_coverage=0.999))
+    kept = train_tokenizer(documents, config=TokenizerConfig(vocab_size=290, character_coverage=1.0))
+
+    def pieces(tokenizer: Tokenizer) -> list[bytes]:
+        return [tokenizer.token_bytes(i) for i in tokenizer.encode("Ω")]
+
+    assert pieces(rare) == [b"\xce", b"\xa9"]
+    assert pieces(kept) == [b"\xce\xa9"]
