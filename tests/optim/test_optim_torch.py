@@ -159,7 +159,17 @@ def test_param_groups_route_by_type_and_identity_and_forget_nothing(tied):
     muon = {id(m.weight) for m in (model.first, model.second, model.wide, model.narrow)}
     assert {key for key, algorithm in routed.items() if algorithm == "muon"} == muon
     assert "matrices" in str(groups)
-    assert "embeddings and heads" in str(groups)
+    assert "embeddings" in str(groups)
+    names = {group["name"] for group in groups}
+    assert ("heads" in names) is not tied
+
+
+def test_every_kind_of_parameter_takes_its_own_learning_rate():
+    groups = param_groups(TinyModel(tied=False), config=OptimConfig(lr=0.1, adamw_lr=0.2, embedding_lr=0.3))
+    rates = {group["name"]: group["lr"] for group in groups}
+    assert rates == {"matrices": 0.1, "embeddings": 0.3, "heads": 0.2, "gains and biases": 0.2}
+    defaults = param_groups(TinyModel(tied=False), config=OptimConfig(lr=0.1))
+    assert {group["lr"] for group in defaults} == {0.1}
 
 
 def test_frozen_parameters_and_missing_gradients_are_left_alone():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +20,18 @@ def weights(handle) -> list[torch.Tensor]:
 
 def test_a_run_learns_and_reports_what_it_did(make_loop):
     run = make_loop(steps=60)
+    run.loop.gauges = lambda: {"used_bytes": 1.0}
+    run.loop.throughput = SimpleNamespace(
+        finish_step=lambda tokens: stretches.append(tokens),
+        waiting=nullcontext,
+        pause=lambda name, every=None: nullcontext(stretches.append(name)),
+        metrics=lambda: {"tokens_per_second": 9.0},
+    )
+    stretches: list = []
     result = run.loop.run()
+    assert run.sink.lines[0] == {"kind": "start", "step": 0, "tokens": 0}
+    assert stretches.count(32) == 60
+    assert stretches.count("validation") == 15
     losses = [line["loss"] for line in run.sink.of("train")]
     assert len(losses) == 60
     assert losses[-1] < 0.5 * losses[0]
@@ -27,7 +40,7 @@ def test_a_run_learns_and_reports_what_it_did(make_loop):
     assert result.bits_per_byte == run.sink.of("validation")[-1]["bits_per_byte"]
     assert [line["step"] for line in run.sink.of("validation")] == list(range(4, 61, 4))
     assert run.text.consumed == list(range(60 * 8))
-    assert {"loss", "loss_max", "grad_norm", "tokens_per_second", "data_wait_share", "lr_all"} <= run.sink.of("train")[
+    assert {"loss", "loss_max", "grad_norm", "lr_group_0", "used_bytes", "tokens_per_second"} <= run.sink.of("train")[
         0
     ].keys()
 

@@ -57,8 +57,8 @@ def test_clipping_bounds_the_gradient_but_reports_its_norm():
 
 def test_the_schedule_scales_the_learning_rate_of_every_group():
     step = make_step()
-    assert step.train(split(8, 8), schedule=StepSchedule(lr_scale=0.25)).learning_rates == {"all": 0.05 * 0.25}
-    assert step.train(split(8, 8), schedule=StepSchedule(lr_scale=1.0)).learning_rates == {"all": 0.05}
+    assert step.train(split(8, 8), schedule=StepSchedule(lr_scale=0.25)).learning_rates == {"group_0": 0.05 * 0.25}
+    assert step.train(split(8, 8), schedule=StepSchedule(lr_scale=1.0)).learning_rates == {"group_0": 0.05}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

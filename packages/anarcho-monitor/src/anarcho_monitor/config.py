@@ -11,8 +11,6 @@ from anarcho_monitor.errors import MonitorError
 class MonitorConfig:
     """Settings of the section `[monitor]`."""
 
-    log_every: int = 10
-    """Optimizer steps from one "train" record to the next."""
     tensorboard: bool = True
     """Write TensorBoard event files beside metrics.jsonl (needs the extra `tensorboard`)."""
     progress: bool = True
@@ -23,8 +21,6 @@ class MonitorConfig:
     """Peak FLOP/s of the device in the precision used, for the FLOP utilisation; None looks the device up by name."""
 
     def __post_init__(self) -> None:
-        if self.log_every < 1:
-            raise MonitorError(f"monitor.log_every is {self.log_every}, but it must be at least 1 step: raise it.")
         if not self.progress_seconds >= 0:
             raise MonitorError(
                 f"monitor.progress_seconds is {self.progress_seconds}, but it must be 0 or more seconds: raise it."

@@ -17,6 +17,8 @@ class OptimConfig:
     """Learning rate of the Muon half at the top of the schedule."""
     adamw_lr: float | None = None
     """Learning rate of the AdamW half at the top of the schedule; left out, the same as `lr`."""
+    embedding_lr: float | None = None
+    """Learning rate of embedding tables at the top of the schedule, heads tied to them included; left out, `adamw_lr`."""
     weight_decay: float = 0.1
     """Decoupled weight decay of the matrices: each step multiplies them by `1 - lr * weight_decay`."""
     adamw_weight_decay: float = 0.0
@@ -50,9 +52,9 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         variant(self.variant)
-        positive = {"lr": self.lr, "eps": self.eps} | ({} if self.adamw_lr is None else {"adamw_lr": self.adamw_lr})
-        for name, value in positive.items():
-            if not (math.isfinite(value) and value > 0):
+        for name in ("lr", "eps", "adamw_lr", "embedding_lr"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"optim.{name} is {value}; expected a positive number")
         for name in ("weight_decay", "adamw_weight_decay"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):

@@ -90,19 +90,16 @@ class ParamGroups(list[dict[str, Any]]):
         return "\n".join(lines)
 
 
-def _table_parameters(model: nn.Module) -> Iterator[Tensor]:
-    """Embedding tables, whatever is tied to them, and output heads: matrices whose rows are vocabulary entries."""
-    tables = [p for m in model.modules() if isinstance(m, EMBEDDING_MODULES) for p in m.parameters(recurse=False)]
-    yield from tables
-    vocabulary_sizes = {p.shape[0] for p in tables}
-    embedding_dims = {p.shape[1] for p in tables}
+def _embedding_tables(model: nn.Module) -> list[Tensor]:
+    """Tables of embeddings, which whatever is tied to them shares."""
+    return [p for m in model.modules() if isinstance(m, EMBEDDING_MODULES) for p in m.parameters(recurse=False)]
+
+
+def _output_heads(model: nn.Module, tables: list[Tensor]) -> Iterator[Tensor]:
+    """Weights of linear layers from an embedding's width to its vocabulary; tied ones are among ``tables`` themselves."""
+    vocabularies = {tuple(p.shape) for p in tables}
     for module in model.modules():
-        # An untied head is a linear layer from the embedding's width to the vocabulary.
-        if (
-            isinstance(module, nn.Linear)
-            and module.out_features in vocabulary_sizes
-            and module.in_features in embedding_dims
-        ):
+        if isinstance(module, nn.Linear) and (module.out_features, module.in_features) in vocabularies:
             yield module.weight
 
 
@@ -113,9 +110,11 @@ def param_groups(model: nn.Module, *, config: OptimConfig | None = None) -> Para
     Muon. Raises ValueError that names the parameter for one that fits neither half (more than two dimensions, not floating point).
     """
     config = config or OptimConfig()
-    tables = {id(p) for p in _table_parameters(model)}
+    tables = _embedding_tables(model)
+    table_ids, head_ids = {id(p) for p in tables}, {id(p) for p in _output_heads(model, tables)}
     matrices: list[Tensor] = []
     embeddings: list[Tensor] = []
+    heads: list[Tensor] = []
     vectors: list[Tensor] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -124,8 +123,10 @@ def param_groups(model: nn.Module, *, config: OptimConfig | None = None) -> Para
             raise ValueError(
                 f"parameter {name} has dtype {parameter.dtype}; expected a floating-point parameter, or freeze it"
             )
-        if id(parameter) in tables:
+        if id(parameter) in table_ids:
             embeddings.append(parameter)
+        elif id(parameter) in head_ids:
+            heads.append(parameter)
         elif parameter.ndim < 2:
             vectors.append(parameter)
         elif parameter.ndim == 2:
@@ -145,15 +146,24 @@ def param_groups(model: nn.Module, *, config: OptimConfig | None = None) -> Para
         "adjust_lr_fn": config.adjust_lr_fn,
         "ns_dtype": config.ns_dtype,
     }
+    adamw_lr = config.lr if config.adamw_lr is None else config.adamw_lr
+    embedding_lr = adamw_lr if config.embedding_lr is None else config.embedding_lr
     adam = {
         "algorithm": "adamw",
-        "lr": config.lr if config.adamw_lr is None else config.adamw_lr,
+        "lr": adamw_lr,
         "betas": (config.beta1, config.beta2),
         "eps": config.eps,
     }
     groups = [
         {"name": "matrices", "params": matrices, **muon},
-        {"name": "embeddings and heads", "params": embeddings, "weight_decay": config.adamw_weight_decay, **adam},
+        {
+            "name": "embeddings",
+            "params": embeddings,
+            "weight_decay": config.adamw_weight_decay,
+            **adam,
+            "lr": embedding_lr,
+        },
+        {"name": "heads", "params": heads, "weight_decay": config.adamw_weight_decay, **adam},
         {"name": "gains and biases", "params": vectors, "weight_decay": 0.0, **adam},
     ]
     return ParamGroups(group for group in groups if group["params"])

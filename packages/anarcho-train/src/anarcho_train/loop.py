@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -74,6 +75,42 @@ class EarlyStopping(Protocol):
         ...
 
 
+class Throughput(Protocol):
+    """Measures how fast the run is; the loop marks what it is doing."""
+
+    def finish_step(self, tokens: int) -> None:
+        """Ends an optimizer step of ``tokens`` tokens."""
+        ...
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """A stretch of a step that waits for data."""
+        ...
+
+    def pause(self, name: str, *, every: int | None = None) -> AbstractContextManager[None]:
+        """A stretch outside any step, such as an evaluation."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Speed and remaining time, for each "train" record."""
+        ...
+
+
+class Unmeasured:
+    """The `Throughput` of a run that nobody times."""
+
+    def finish_step(self, tokens: int) -> None:
+        pass
+
+    def waiting(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def pause(self, name: str, *, every: int | None = None) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+
 class TrainingDiverged(ValueError):
     """The loss or the gradient was not finite for many steps in a row."""
 
@@ -113,8 +150,12 @@ class Loop:
     early_stopping: EarlyStopping
     hashes: dict[str, str] = field(default_factory=dict)
     """Hashes of config, tokenizer and data, for the manifests."""
+    throughput: Throughput = field(default_factory=Unmeasured)
+    """Measures speed and remaining time."""
     gauges: Callable[[], dict[str, float]] = dict
     """Further values for each "train" record, such as memory readings."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What the "start" record of this attempt says besides the step."""
 
     def __post_init__(self) -> None:
         self._per_step = self.config.batch_sequences(self.sequence_length)
@@ -145,15 +186,17 @@ class Loop:
         """Trains up to the configured number of steps, or until early stopping or a signal, and returns how it ended."""
         result, config = self._result, self.config
         skipped = 0
-        window = _Window()
+        losses: list[float] = []
+        self._write("start", **self.facts)
         with StopSignal() as stop:
             while result.step < config.steps:
-                metrics = self._train_step(window)
+                metrics = self._train_step()
+                losses.append(metrics.loss)
                 skipped = skipped + 1 if metrics.skipped else 0
                 last = result.step == config.steps
                 if last or result.step % config.log_every == 0:
-                    self._log(metrics, window)
-                    window = _Window()
+                    self._log(metrics, losses)
+                    losses = []
                 if metrics.skipped:
                     self._report_skip(metrics, skipped)
                 improved = finished = False
@@ -172,16 +215,13 @@ class Loop:
                     break
         return result
 
-    def _train_step(self, window: _Window) -> StepMetrics:
+    def _train_step(self) -> StepMetrics:
         result, micro = self._result, self.config.micro_batch
         first = result.step * self._per_step
-        started = time.monotonic()
-        micro_batches = [self.batches.batch(first + i, micro) for i in range(0, self._per_step, micro)]
-        loaded = time.monotonic()
+        with self.throughput.waiting():
+            micro_batches = [self.batches.batch(first + i, micro) for i in range(0, self._per_step, micro)]
         metrics = self.step.train(micro_batches, schedule=self.schedule(result.step))
-        window.add(
-            metrics.loss, self.config.batch_tokens, data_seconds=loaded - started, seconds=time.monotonic() - started
-        )
+        self.throughput.finish_step(self.config.batch_tokens)
         result.step += 1
         result.tokens += self.config.batch_tokens
         # The validation figures belong to the step at which they were measured.
@@ -192,13 +232,14 @@ class Loop:
         """Measures the validation loss; returns whether it is the best so far and whether the run should stop."""
         result = self._result
         limit = None if whole else self.config.eval_tokens
-        loss, bits = evaluate(
-            self.step,
-            self._validation,
-            batch_size=self.config.micro_batch,
-            sequence_length=self.sequence_length,
-            max_tokens=limit,
-        )
+        with self.throughput.pause("validation", every=self.config.eval_every or None):
+            loss, bits = evaluate(
+                self.step,
+                self._validation,
+                batch_size=self.config.micro_batch,
+                sequence_length=self.sequence_length,
+                max_tokens=limit,
+            )
         result.validation_loss, result.bits_per_byte = loss, bits
         finished = self.early_stopping.update(loss, result.step)
         result.best_step = self.early_stopping.best_step
@@ -222,12 +263,15 @@ class Loop:
             "bits_per_byte": result.bits_per_byte,
         }
         started = time.monotonic()
-        result.checkpoint = self.checkpoints.save(result.step, self.step.save, state=state, hashes=self.hashes)
+        with self.throughput.pause("checkpoint"):
+            result.checkpoint = self.checkpoints.save(result.step, self.step.save, state=state, hashes=self.hashes)
         self._write("checkpoint", path=str(result.checkpoint.name), seconds=time.monotonic() - started)
 
-    def _log(self, metrics: StepMetrics, window: _Window) -> None:
-        rates = {f"lr_{algorithm}": rate for algorithm, rate in metrics.learning_rates.items()}
-        self._write("train", **window.values(), grad_norm=metrics.grad_norm, **rates, **self.gauges())
+    def _log(self, metrics: StepMetrics, losses: list[float]) -> None:
+        """Records the mean and the largest loss since the last record, and the rest as of now."""
+        rates = {f"lr_{group}": rate for group, rate in metrics.learning_rates.items()}
+        values = {"loss": sum(losses) / len(losses), "loss_max": max(losses), "grad_norm": metrics.grad_norm}
+        self._write("train", **values, **rates, **self.throughput.metrics(), **self.gauges())
 
     def _report_skip(self, metrics: StepMetrics, skipped: int) -> None:
         first = (self._result.step - 1) * self._per_step
@@ -244,30 +288,6 @@ class Loop:
 
     def _write(self, kind: str, **values: Any) -> None:
         self.sink.write(kind, step=self._result.step, tokens=self._result.tokens, **values)
-
-
-class _Window:
-    """Means over the steps since the last logged one, on the monotonic clock; evaluations and checkpoints do not count."""
-
-    def __init__(self) -> None:
-        self._losses: list[float] = []
-        self._tokens = 0
-        self._seconds = self._data_seconds = 0.0
-
-    def add(self, loss: float, tokens: int, *, seconds: float, data_seconds: float) -> None:
-        self._losses.append(loss)
-        self._tokens += tokens
-        self._seconds += seconds
-        self._data_seconds += data_seconds
-
-    def values(self) -> dict[str, float]:
-        return {
-            "loss": sum(self._losses) / len(self._losses),
-            "loss_max": max(self._losses),
-            "step_seconds": self._seconds / len(self._losses),
-            "tokens_per_second": self._tokens / self._seconds,
-            "data_wait_share": self._data_seconds / self._seconds,
-        }
 
 
 def evaluate(

@@ -64,7 +64,7 @@ class StepMetrics:
     grad_norm: float
     """Global norm of the gradient before clipping."""
     learning_rates: dict[str, float] = field(default_factory=dict)
-    """Learning rate by algorithm."""
+    """Learning rate by parameter group."""
     skipped: bool = False
     """Whether the update was left out because the loss or the gradient was not finite."""
 

@@ -140,7 +140,7 @@ class TorchStep:
         if finite:
             self._scaler.step(self.optimizer)
         self._scaler.update()
-        rates = {group.get("algorithm", "all"): float(group["lr"]) for group in self.optimizer.param_groups}
+        rates = {_group_name(i, group): float(group["lr"]) for i, group in enumerate(self.optimizer.param_groups)}
         return StepMetrics(
             loss=loss / weight, weight=weight, grad_norm=grad_norm, learning_rates=rates, skipped=not finite
         )
@@ -233,6 +233,10 @@ class TorchStep:
             tensors["loss_scale"] = torch.tensor(float(state["scale"]))
             tensors["growth_tracker"] = torch.tensor(int(state["_growth_tracker"]))
         return tensors
+
+
+def _group_name(index: int, group: dict[str, Any]) -> str:
+    return str(group.get("name", f"group {index}")).replace(" ", "_")
 
 
 def _device_module(device: torch.device) -> Any:
