@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import types
 from dataclasses import asdict, dataclass
@@ -13,7 +14,9 @@ from typing import Any
 
 import anarcho_cli
 import pytest
+from anarcho_cli import devices
 from anarcho_cli.runs import RunError, new_run_directory
+from anarcho_monitor import MetricsLog
 
 
 @dataclass
@@ -125,6 +128,61 @@ def test_resume_continues_the_run_and_takes_the_device(composer: Composer, anarc
     assert composer.calls == [{"run_directory": Path("run"), "device": "cpu"}]
 
 
+def test_resume_without_a_device_goes_on_where_the_run_was(composer: Composer, anarcho, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").touch()
+    log = MetricsLog(tmp_path / "run" / "metrics.jsonl", run="run", attempt=1)
+    log.write("start", step=0, tokens=0, device="cuda")
+    log.close()
+    asked = []
+    find = partial(devices.resolve_device, find=lambda: devices.Accelerators(cuda=("H100",)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "resolve_device", lambda wanted: asked.append(wanted) or find(wanted))
+        assert anarcho("pretrain", "--resume", "run").exit_code == 0
+        assert anarcho("pretrain", "--resume", "run", "--device", "cpu").exit_code == 0
+    assert asked == ["cuda", "cpu"], "the run's own device, unless another is given"
+    assert [call["device"] for call in composer.calls] == ["cuda", "cpu"]
+
+
+def test_a_dry_run_prints_the_plan_and_starts_nothing(composer: Composer, anarcho, tmp_path: Path) -> None:
+    arguments = ["pretrain", "--preset", "reference-137m", "--dry-run"]
+    result = anarcho(*arguments)
+    assert result.exit_code == 0, result.output
+    for part in ("[model]", "137,841,408", "10,500", "2,752,512,000", "memory", "FLOPs"):
+        assert part in result.stdout
+    assert composer.calls == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_plan_counts_what_the_run_will_do(composer: Composer, anarcho) -> None:
+    def plan(*options: str) -> dict[str, Any]:
+        return json.loads(anarcho("pretrain", "--preset", "reference-137m", "--dry-run", "--json", *options).stdout)
+
+    cpu = plan("--set", "train.precision=float32")
+    assert cpu["parameters"] == 137_841_408
+    assert cpu["tokens"] == cpu["steps"] * cpu["batch_sequences"] * cpu["config"]["train"]["sequence_length"]
+    # 6 FLOPs a parameter and token are the least; attention over 4096 tokens and the output layer add to that.
+    assert 6 * cpu["parameters"] * cpu["tokens"] < cpu["flops"] < 12 * cpu["parameters"] * cpu["tokens"]
+    assert cpu["memory_bytes"]["weights"] == 4 * 137_841_408
+    assert cpu["memory_bytes"]["total"] > 3 * cpu["memory_bytes"]["weights"]
+    half = plan("--device", "cuda")
+    assert (cpu["dtype_bytes"], half["dtype_bytes"]) == (4, 2)
+    assert half["memory_bytes"]["activations"] < cpu["memory_bytes"]["activations"]
+    leaner = plan("--device", "cuda", "--set", "train.gradient_checkpointing=true")
+    assert leaner["memory_bytes"]["total"] < half["memory_bytes"]["total"]
+
+
+def test_a_dry_run_loads_no_framework() -> None:
+    program = (
+        "import sys\nfrom anarcho_cli.main import app\n"
+        "try: app(['pretrain', '--dry-run'])\n"
+        "except SystemExit as stop: assert not stop.code, stop\n"
+        "assert not {'torch', 'mlx'} & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.parametrize(
     "option",
     [
@@ -184,8 +242,6 @@ def test_bad_input_is_refused_before_anything_is_written(
 def test_a_device_that_is_not_there_is_refused(
     composer: Composer, refused, anarcho, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from anarcho_cli import devices
-
     bare = partial(devices.resolve_device, find=devices.Accelerators)
     monkeypatch.setattr(devices, "resolve_device", bare)
     for device in ("mps", "cuda"):

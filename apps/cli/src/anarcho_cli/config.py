@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from anarcho_model import ModelConfig
+from anarcho_model import InitConfig, ModelConfig
 from anarcho_model.generate.sampling import SamplingConfig
 from anarcho_monitor import MonitorConfig
 from anarcho_optim import OptimConfig
@@ -65,6 +65,7 @@ class RunConfig:
     """Everything that defines a pre-training run, checked as a whole."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

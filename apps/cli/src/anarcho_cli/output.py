@@ -29,9 +29,12 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, tit
         table.add_column(column.lstrip("#"), justify="right" if column.startswith("#") else "left", overflow="fold")
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
-    # A pipe has no width: never cut a line that a program is to read.
+    # A pipe has no width: never cut a line that a program is to read, and pad none.
     width = None if sys.stdout.isatty() else 200
-    Console(file=sys.stdout, markup=False, highlight=False, emoji=False, width=width).print(table)
+    console = Console(file=sys.stdout, markup=False, highlight=False, emoji=False, width=width)
+    with console.capture() as capture:
+        console.print(table)
+    print("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
 def note(message: str) -> None:

@@ -45,3 +45,13 @@ def existing_run(path: Path) -> Path:
     if not (path / "config.toml").is_file():
         raise RunError(f"{path} is not a run (it has no config.toml); expected the directory that a pretrain printed")
     return path
+
+
+def recorded_device(run: Path) -> str | None:
+    """The device that a run last trained on, from its metrics; None where it has not trained yet."""
+    from anarcho_monitor import read_metrics
+
+    file = run / "metrics.jsonl"
+    starts = [record for record in read_metrics(file) if record.get("kind") == "start"] if file.is_file() else []
+    device = starts[-1].get("device") if starts else None
+    return device if device in ("mps", "cpu", "cuda") else None

@@ -33,7 +33,8 @@ def pretrain(
         Path | None, typer.Option("--tokenizer", help="Trained tokenizer to use; left out, one is trained on the text.")
     ] = None,
     device: Annotated[
-        Device, typer.Option("--device", help="auto is the Apple GPU where there is one, else the CPU.")
+        Device,
+        typer.Option("--device", help="auto is the Apple GPU where there is one, else the CPU; resuming, as before."),
     ] = Device.auto,
     backend: Annotated[Backend, typer.Option("--backend", help="Framework that computes.")] = Backend.torch,
     resume: Annotated[
@@ -52,7 +53,7 @@ def pretrain(
     """
     if resume is not None:
         _refuse_with_resume(ctx)
-        _resume(resume, device=device, json=json)
+        _resume(resume, device=device, given=_given(ctx, "device"), json=json)
         return
     config = _configuration(preset=preset, file=file, overrides=overrides or [], data=data, tokenizer=tokenizer)
 
@@ -75,12 +76,16 @@ def _refuse_with_resume(ctx: typer.Context) -> None:
     from anarcho_cli.runs import RunError
 
     for parameter in ctx.command.params:
-        source: Any = ctx.get_parameter_source(parameter.name or "")
-        given = source is not None and source.name == "COMMANDLINE"
-        if given and parameter.name not in ("resume", "device", "json"):
+        if parameter.name not in ("resume", "device", "json") and _given(ctx, parameter.name or ""):
             raise RunError(
                 f"{parameter.opts[0]} cannot go with --resume, which continues a run exactly as it was begun"
             )
+
+
+def _given(ctx: typer.Context, parameter: str) -> bool:
+    """Whether a parameter stands on the command line, rather than having its default."""
+    source: Any = ctx.get_parameter_source(parameter)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _configuration(
@@ -120,14 +125,16 @@ def _print_plan(config: RunConfig, *, device: Device, json: bool) -> None:
     print("\n".join(plan.lines()))
 
 
-def _resume(path: Path, *, device: Device, json: bool) -> None:
-    from anarcho_cli.runs import existing_run
+def _resume(path: Path, *, device: Device, given: bool, json: bool) -> None:
+    """Continue a run, on the device that it ran on before unless one is ``given``."""
+    from anarcho_cli.runs import existing_run, recorded_device
 
     run = existing_run(path)
+    resolved = _resolve(device if given else Device(recorded_device(run) or device))
 
     from anarcho_cli import compose
 
-    _finish(compose.resume(run, device=_resolve(device)), json=json)
+    _finish(compose.resume(run, device=resolved), json=json)
 
 
 def _resolve(device: Device) -> str:

@@ -1,0 +1,100 @@
+"""What a run will cost before it begins: parameters, steps, memory and FLOPs, in closed form and without a framework."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+from anarcho_model.flops import training_flops_per_token
+from anarcho_model.footprint import MemoryForecast, training_memory
+
+from anarcho_cli.config import RunConfig, to_dict
+from anarcho_cli.diagnosis import cpu_features
+from anarcho_cli.output import bytes_text, count_text
+
+FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The size and cost of a run."""
+
+    config: RunConfig
+    """What the run does."""
+    device: str
+    """The device as asked for; `auto` is settled only when the run begins."""
+    dtype_bytes: int
+    """Bytes of an element in matrix products: 4 for float32, 2 for the half-precision types."""
+    memory: MemoryForecast
+    """Peak memory of a training step by part, in bytes."""
+    flops: int
+    """Floating-point operations of the whole run."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON: the configuration, and what follows from it."""
+        return {
+            "config": to_dict(self.config),
+            "device": self.device,
+            "parameters": self.config.model.num_parameters,
+            "steps": self.config.train.steps,
+            "tokens": self.config.total_tokens,
+            "batch_sequences": self.config.batch_sequences,
+            "dtype_bytes": self.dtype_bytes,
+            "memory_bytes": {**_parts(self.memory), "total": self.memory.total},
+            "flops": self.flops,
+        }
+
+    def lines(self) -> list[str]:
+        """The plan for people, one fact a line."""
+        train = self.config.train
+        dtype = "float32" if self.dtype_bytes == FLOAT32_BYTES else "half precision"
+        return [
+            f"parameters  {self.config.model.num_parameters:,}",
+            f"steps       {train.steps:,} of {self.config.batch_sequences} sequences of {self.config.sequence_length} tokens",
+            f"tokens      {self.config.total_tokens:,}",
+            f"memory      {bytes_text(self.memory.total)} at the peak of a step in {dtype}; of this, not all at once:",
+            *(
+                f"  {name.replace('_', ' '):20}{bytes_text(size):>12}"
+                for name, size in _parts(self.memory).items()
+                if size
+            ),
+            f"FLOPs       {self.flops:.3g} ({count_text(self.flops / self.config.total_tokens)} a token)",
+        ]
+
+
+def plan_run(config: RunConfig, *, device: str) -> Plan:
+    """The plan of a run on ``device`` (`auto`, `mps`, `cpu` or `cuda`)."""
+    dtype_bytes = _dtype_bytes(config.train.precision, device)
+    model = config.model
+    return Plan(
+        config=config,
+        device=device,
+        dtype_bytes=dtype_bytes,
+        memory=training_memory(
+            model,
+            micro_batch=config.train.micro_batch,
+            length=config.sequence_length,
+            compute_dtype_bytes=dtype_bytes,
+            gradient_checkpointing=config.train.gradient_checkpointing,
+            gradients_held=config.batch_sequences > config.train.micro_batch,
+            segments=config.data.isolate_documents,
+        ),
+        flops=training_flops_per_token(model, config.sequence_length) * config.total_tokens,
+    )
+
+
+def _dtype_bytes(precision: str, device: str) -> int:
+    """Bytes of an element in matrix products, where `auto` means what the training step makes of it on this machine."""
+    if precision != "auto":
+        return FLOAT32_BYTES if precision == "float32" else 2
+    apple = platform.system() == "Darwin" and platform.machine() == "arm64"
+    if device in ("mps", "cuda") or (device == "auto" and apple):
+        return 2
+    return 2 if {"AVX512-BF16", "AMX-BF16"} & set(cpu_features()) else FLOAT32_BYTES
+
+
+def _parts(memory: MemoryForecast) -> dict[str, int]:
+    """Name -> bytes of the parts; they do not add up to the total, because not all exist at the same moment."""
+    return {name: size for name, size in dataclasses.asdict(memory).items() if not isinstance(size, bool)}
