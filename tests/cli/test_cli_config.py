@@ -13,13 +13,24 @@ from anarcho_cli.layers import Layer, parse_layer, preset_names, preset_text, se
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+# What the tests of refusals start from, whatever the presets are tuned to.
+BASE = [
+    "tokenizer.vocab_size=4096",
+    "model.dim=256",
+    "model.num_heads=4",
+    "model.context_length=256",
+    "train.sequence_length=256",
+    "train.batch_tokens=4096",
+]
+
 
 def test_a_later_layer_overrides_an_earlier_one(tmp_path: Path) -> None:
     file = tmp_path / "my.toml"
     file.write_text("[train]\nsteps = 7\nseed = 5\n")
+    assert resolve(preset=None).model.num_layers != 6
     option = Layer(origin="--data", sections={"data": {"source": "d.txt"}})
-    config = resolve(preset="quickstart", file=file, overrides=["train.seed=6", "data.source=c.txt"], options=[option])
-    assert config.model.dim == 256, "the preset overrides the default"
+    config = resolve(preset="small-15m", file=file, overrides=["train.seed=6", "data.source=c.txt"], options=[option])
+    assert config.model.num_layers == 6, "the preset overrides the default"
     assert config.train.steps == 7, "the file overrides the preset"
     assert config.train.seed == 6, "--set overrides the file"
     assert config.data.source == "d.txt", "an option of its own overrides --set"
@@ -136,7 +147,7 @@ def test_the_sequence_length_follows_the_context_length_unless_given() -> None:
 )
 def test_a_bad_override_is_refused_with_key_found_and_expected(override: str, parts: list[str]) -> None:
     with pytest.raises(ValueError, match=r"\S") as caught:
-        resolve(overrides=[override])
+        resolve(preset=None, overrides=[*BASE, override])
     for part in parts:
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -15,6 +15,7 @@ from typing import Any
 import anarcho_cli
 import pytest
 from anarcho_cli import devices
+from anarcho_cli.config import resolve
 from anarcho_cli.runs import RunError, new_run_directory
 from anarcho_monitor import MetricsLog
 
@@ -69,7 +70,7 @@ def test_without_an_option_it_trains_the_quickstart_on_the_embedded_corpus(compo
     assert result.exit_code == 0, result.output
     (call,) = composer.calls
     assert call["config"].data.source == "embedded"
-    assert call["config"].model.dim == 256
+    assert call["config"] == resolve(preset="quickstart")
     assert call["tokenizer_path"] is None
     assert call["run_directory"].parent == Path("runs")
     assert call["run_directory"].name.startswith("quickstart-2")
@@ -97,7 +98,8 @@ def test_options_become_settings(composer: Composer, anarcho, tmp_path: Path) ->
     anarcho("pretrain", *arguments, "--name", "n", "--runs-dir", "elsewhere", "--device", "cpu")
     (call,) = composer.calls
     config = call["config"]
-    assert (config.model.dim, config.train.steps, config.train.seed, config.data.source) == (384, 9, 4, "x/*.txt")
+    assert config.model == resolve(preset="small-15m").model
+    assert (config.train.steps, config.train.seed, config.data.source) == (9, 4, "x/*.txt")
     assert call["run_directory"] == Path("elsewhere/n")
     assert call["device"] == "cpu"
 
@@ -148,7 +150,8 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(composer: Composer, anarch
     arguments = ["pretrain", "--preset", "reference-137m", "--dry-run"]
     result = anarcho(*arguments)
     assert result.exit_code == 0, result.output
-    for part in ("[model]", "137,841,408", "10,500", "2,752,512,000", "memory", "FLOPs"):
+    tokens = resolve(preset="reference-137m").total_tokens
+    for part in ("[model]", "137,841,408", f"{tokens:,}", "memory", "FLOPs"):
         assert part in result.stdout
     assert composer.calls == []
     assert list(tmp_path.iterdir()) == []
@@ -211,9 +214,12 @@ def test_resume_refuses_what_would_change_the_run(option: list[str], composer: C
         (["--set", "train.stepz=1"], ["train.stepz", "train.steps"]),
         (["--set", "train.steps=many"], ["train.steps", "many", "whole number"]),
         (["--set", "train.steps"], ["section.key=value"]),
-        (["--set", "model.num_heads=3"], ["model.num_heads", "256"]),
+        (["--set", "model.dim=256", "--set", "model.num_heads=3"], ["model.num_heads", "256"]),
         (["--set", "model.head_dim=5"], ["model.head_dim", "even"]),
-        (["--set", "train.sequence_length=512"], ["train.sequence_length", "512", "model.context_length", "256"]),
+        (
+            ["--set", "train.sequence_length=512", "--set", "model.context_length=256"],
+            ["train.sequence_length", "512", "model.context_length", "256"],
+        ),
         (["--tokenizer", "absent"], ["absent"]),
         (["--data", "absent.txt"], ["absent.txt"]),
         (["--data", "absent/*.txt"], ["absent/*.txt"]),
