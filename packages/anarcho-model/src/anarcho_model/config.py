@@ -53,6 +53,19 @@ class RopeScaling:
                 f"expected more than low_freq_factor = {self.low_freq_factor}."
             )
 
+    def scale(self, frequency: float) -> float:
+        """The stretched form of one rotary frequency (radians per token), by the rules of Transformers' `modeling_rope_utils.py`."""
+        if self.kind == "linear":
+            return frequency / self.factor
+        wavelength = 2 * math.pi / frequency
+        if wavelength > self.original_context_length / self.low_freq_factor:
+            return frequency / self.factor
+        if wavelength < self.original_context_length / self.high_freq_factor:
+            return frequency
+        turns = self.original_context_length / wavelength
+        kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        return (1 - kept) * frequency / self.factor + kept * frequency
+
     def to_huggingface(self) -> dict[str, Any]:
         """The `rope_scaling` object of `config.json`."""
         if self.kind == "linear":
@@ -171,16 +184,6 @@ class ModelConfig:
             shapes["lm_head.weight"] = (self.vocab_size, self.dim)
         return shapes
 
-    def rope_frequencies(self) -> list[float]:
-        """The `head_size / 2` rotary frequencies in radians per token, scaling applied.
-
-        Source: Transformers' `modeling_rope_utils.py`, whose `linear` and `llama3` rules are followed.
-        """
-        plain = [self.rope_theta ** (-2 * index / self.head_size) for index in range(self.head_size // 2)]
-        if self.rope_scaling is None:
-            return plain
-        return [_scaled_frequency(frequency, self.rope_scaling) for frequency in plain]
-
     def to_huggingface(
         self, *, eos_token_id: int | Sequence[int] | None, pad_token_id: int | None, dtype: str = "float32"
     ) -> dict[str, Any]:
@@ -255,17 +258,3 @@ def _require_positive(key: str, value: Any, *, whole: bool) -> None:
     kind, expected = (int, "a whole number of at least 1") if whole else (int | float, "a finite number above 0")
     if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < math.inf:
         raise ConfigError(f"{key} is {value!r}, expected {expected}.")
-
-
-def _scaled_frequency(frequency: float, scaling: RopeScaling) -> float:
-    if scaling.kind == "linear":
-        return frequency / scaling.factor
-    wavelength = 2 * math.pi / frequency
-    if wavelength > scaling.original_context_length / scaling.low_freq_factor:
-        return frequency / scaling.factor
-    if wavelength < scaling.original_context_length / scaling.high_freq_factor:
-        return frequency
-    share = (scaling.original_context_length / wavelength - scaling.low_freq_factor) / (
-        scaling.high_freq_factor - scaling.low_freq_factor
-    )
-    return (1 - share) * frequency / scaling.factor + share * frequency

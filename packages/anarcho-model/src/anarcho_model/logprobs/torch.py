@@ -61,6 +61,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             normaliser = _logsumexp(logits)
             normalisers.append(normaliser)
             logprobs.append(target_logits - normaliser)
+            del logits  # or it would live on beside the next chunk's
         ctx.save_for_backward(hidden, weight, targets, torch.cat(normalisers))
         ctx.size, ctx.dtype = size, dtype
         return torch.cat(logprobs)
@@ -83,6 +84,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 grad_weight.addmm_(grad_logits.t(), part)
             else:
                 grad_weight += grad_logits.t() @ part
+            del grad_logits
         return torch.cat(grad_hidden), grad_weight, None, None, None
 
 

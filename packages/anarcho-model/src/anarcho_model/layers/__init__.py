@@ -1,0 +1,1 @@
+"""The layers that the GPT is made of; one module per framework."""

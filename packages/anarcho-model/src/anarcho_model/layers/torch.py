@@ -1,0 +1,224 @@
+"""The layers of the GPT in PyTorch: RMSNorm, rotary positions, causal attention, SwiGLU and the block they make up.
+
+Notable:
+
+* norms, rotary angles and the softmax are float32 whatever the weights' type; a norm hands its result on in the compute
+  dtype, once for all of its readers;
+* every linear layer reads a contiguous two-dimensional tensor, because Apple's back-end has computed others wrong
+  without an error.
+
+Shapes as in `anarcho_model.torch`. Sources: RMSNorm (arXiv:1910.07467), RoPE (arXiv:2104.09864), GQA (arXiv:2305.13245),
+QK-norm (arXiv:2010.04245), SwiGLU (arXiv:2002.05202).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from anarcho_model.config import ModelConfig
+
+__all__ = ["AttentionContext", "Block", "LayerCache", "RMSNorm", "RotaryTables", "compute_dtype", "widen"]
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The element type of matrix products: autocast's where it is on, else the weights' own."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def widen(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """At least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, computed in float32 and returned in the compute dtype (arXiv:1910.07467)."""
+
+    def __init__(self, size: int, *, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Float[Tensor, "*shape size"]) -> Float[Tensor, "*shape size"]:
+        weight = widen(self.weight)
+        return F.rms_norm(widen(x), weight.shape, weight, self.eps).to(compute_dtype(self.weight))
+
+
+class RotaryTables(nn.Module):
+    """Cosines and sines of every position, kept in float32 whatever the weights are cast to; not part of the state."""
+
+    cos: Float[Tensor, "positions half"]
+    sin: Float[Tensor, "positions half"]
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self._build(None)
+
+    def _build(self, device: torch.device | None) -> None:
+        positions = torch.arange(self.config.context_length, dtype=torch.float32, device=device)
+        exponents = (
+            torch.arange(0, self.config.head_size, 2, dtype=torch.float32, device=device) / self.config.head_size
+        )
+        frequencies = 1.0 / self.config.rope_theta**exponents  # in float32 like Transformers, or long texts drift apart
+        if self.config.rope_scaling is not None:
+            scaled = [self.config.rope_scaling.scale(frequency) for frequency in frequencies.tolist()]
+            frequencies = torch.tensor(scaled, dtype=torch.float32, device=device)
+        angles = positions[:, None] * frequencies
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def _apply(self, fn, recurse: bool = True):  # pyright: ignore[reportMissingParameterType]
+        super()._apply(fn, recurse)
+        if self.cos.dtype != torch.float32:  # model.to(torch.bfloat16) has rounded the angles' cosines: make them anew
+            self._build(self.cos.device)
+        return self
+
+    def forward(
+        self, positions: Int[Tensor, "batch length"] | None, *, length: int
+    ) -> tuple[Float[Tensor, "rows 1 length half"], Float[Tensor, "rows 1 length half"]]:
+        """Tables for the given positions (rows = batch), or for 0 .. length - 1 (rows = 1)."""
+        if positions is None:
+            return self.cos[None, None, :length], self.sin[None, None, :length]
+        return self.cos[positions][:, None], self.sin[positions][:, None]
+
+
+def rotate(
+    x: Float[Tensor, "batch heads length head"],
+    cos: Float[Tensor, "rows 1 length half"],
+    sin: Float[Tensor, "rows 1 length half"],
+) -> Float[Tensor, "batch heads length head"]:
+    """Turn the pairs (i, i + head/2) of each head by its position's angles, in float32; returned in the type of `x`."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+EXPLICIT_LENGTH = 256
+"""Up to this many tokens, compiled attention on a CPU is faster as two matrix products around a fused softmax."""
+
+
+def attend(
+    q: Float[Tensor, "batch heads length head"],
+    k: Float[Tensor, "batch heads keys head"],
+    v: Float[Tensor, "batch heads keys head"],
+    *,
+    mask: Bool[Tensor, "batch 1 length keys"] | None,
+) -> Float[Tensor, "batch heads length head"]:
+    """Softmax attention scaled by 1/sqrt(head): to the keys where `mask` is true, or without one to all up to the query.
+
+    On a CPU the backward pass of torch's attention kernel takes a quarter of a small model's training step, several times
+    what the products need; there the compiler gets the plain formula. Everything else uses the kernel.
+    """
+    length, head = q.shape[-2:]
+    if mask is not None or q.device.type != "cpu" or length > EXPLICIT_LENGTH or not torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    ids = torch.arange(length, device=q.device)
+    scores = widen(q @ k.transpose(-1, -2)) / math.sqrt(head)
+    weights = scores.where(ids <= ids[:, None], -torch.inf).softmax(dim=-1)
+    return weights.to(v.dtype) @ v
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionContext:
+    """What all layers of one forward pass share."""
+
+    cos: Float[Tensor, "rows 1 length half"]
+    """Cosines of the rotary angles."""
+    sin: Float[Tensor, "rows 1 length half"]
+    """Sines of the rotary angles."""
+    mask: Bool[Tensor, "batch 1 length extent"] | None = None
+    """True where a query may see a key; None means plain causal attention."""
+    positions: Int[Tensor, "batch length"] | None = None
+    """With a cache: where the new tokens are stored."""
+    extent: int = 0
+    """With a cache: number of stored tokens to attend to."""
+
+
+class LayerCache:
+    """Keys and values of one layer; see `KVCache`."""
+
+    def __init__(self, keys: Float[Tensor, "batch kv capacity head"]) -> None:
+        self.keys, self.values = keys, torch.zeros_like(keys)
+
+    def append(
+        self,
+        keys: Float[Tensor, "batch kv length head"],
+        values: Float[Tensor, "batch kv length head"],
+        context: AttentionContext,
+    ) -> tuple[Float[Tensor, "batch kv extent head"], Float[Tensor, "batch kv extent head"]]:
+        """Store the new tokens at their positions and return everything up to the furthest one."""
+        rows = torch.arange(keys.shape[0], device=keys.device)[:, None]
+        self.keys[rows, :, context.positions] = keys.transpose(1, 2).to(self.keys.dtype)
+        self.values[rows, :, context.positions] = values.transpose(1, 2).to(self.values.dtype)
+        return self.keys[:, :, : context.extent], self.values[:, :, : context.extent]
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention with rotary positions, grouped key/value heads and optional QK-norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_size = config.num_heads, config.kv_heads, config.head_size
+        self.q_proj = nn.Linear(config.dim, self.heads * self.head_size, bias=False)
+        self.k_proj = nn.Linear(config.dim, self.kv_heads * self.head_size, bias=False)
+        self.v_proj = nn.Linear(config.dim, self.kv_heads * self.head_size, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.head_size, config.dim, bias=False)
+        self.q_norm = RMSNorm(self.head_size, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_size, eps=config.norm_eps) if config.qk_norm else None
+
+    def forward(
+        self, x: Float[Tensor, "batch length dim"], context: AttentionContext, cache: LayerCache | None
+    ) -> Float[Tensor, "batch length dim"]:
+        batch, length, dim = x.shape
+        flat = x.reshape(-1, dim)
+        q = self.q_proj(flat).view(batch, length, self.heads, self.head_size)
+        k = self.k_proj(flat).view(batch, length, self.kv_heads, self.head_size)
+        v = self.v_proj(flat).view(batch, length, self.kv_heads, self.head_size).transpose(1, 2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = rotate(q.transpose(1, 2), context.cos, context.sin)
+        k = rotate(k.transpose(1, 2), context.cos, context.sin)
+        if cache is not None:
+            k, v = cache.append(k, v, context)
+        if self.kv_heads != self.heads:  # repeated here, because not every device's kernel takes grouped heads
+            group = self.heads // self.kv_heads
+            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        mixed = attend(q, k, v, mask=context.mask)
+        return self.o_proj(mixed.transpose(1, 2).reshape(batch * length, -1)).view(batch, length, dim)
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward layer: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.dim, config.ffn_size, bias=False)
+        self.up_proj = nn.Linear(config.dim, config.ffn_size, bias=False)
+        self.down_proj = nn.Linear(config.ffn_size, config.dim, bias=False)
+
+    def forward(self, x: Float[Tensor, "batch length dim"]) -> Float[Tensor, "batch length dim"]:
+        flat = x.reshape(-1, x.shape[-1])
+        return self.down_proj(F.silu(self.gate_proj(flat)) * self.up_proj(flat)).view(x.shape)
+
+
+class Block(nn.Module):
+    """One layer: attention, then feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = SwiGLU(config)
+        self.input_layernorm = RMSNorm(config.dim, eps=config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.dim, eps=config.norm_eps)
+
+    def forward(
+        self, x: Float[Tensor, "batch length dim"], context: AttentionContext, cache: LayerCache | None = None
+    ) -> Float[Tensor, "batch length dim"]:
+        h = x + self.self_attn(self.input_layernorm(x), context, cache)
+        return h + self.mlp(self.post_attention_layernorm(h))

@@ -1,0 +1,22 @@
+"""The package is light to import, and its README's example runs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+README = Path(__file__).parents[2] / "packages" / "anarcho-model" / "README.md"
+
+
+def test_everything_free_of_a_framework_imports_without_one():
+    modules = "anarcho_model, anarcho_model.directory, anarcho_model.flops, anarcho_model.footprint, "
+    modules += "anarcho_model.generate.sampling"
+    code = f"import sys, {modules}; sys.exit(bool({{'torch', 'mlx', 'jax', 'numpy'}} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_example_of_the_readme_runs(tmp_path):
+    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    subprocess.run([sys.executable, "-c", example], cwd=tmp_path, check=True)
