@@ -1,7 +1,12 @@
-"""Run-time checks of every annotated shape: the hook has to be in place before the package is first imported."""
+"""Run-time checks of every annotated shape, in this folder's tests only.
+
+The hook has to be in place before the package is first imported. The checks are off outside of these tests, and while a
+model is compiled: they cannot be traced into a graph.
+"""
 
 from __future__ import annotations
 
+import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
 
@@ -15,7 +20,8 @@ import torch
 from anarcho_model import InitConfig, ModelConfig
 from anarcho_model.torch import GPT
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the models are tiny: a second thread only waits for the first
+jaxtyping.config.update("jaxtyping_disable", True)
 
 SMALL = {"vocab_size": 67, "context_length": 40, "num_layers": 2, "dim": 32, "num_heads": 4, "hidden_dim": 48}
 VARIANTS = {
@@ -25,6 +31,16 @@ VARIANTS = {
     "untied": {"tie_embeddings": False, "norm_eps": 1e-6, "rope_theta": 500.0},
     "wide_heads": {"head_dim": 12, "qk_norm": True, "tie_embeddings": False},
 }
+
+
+@pytest.fixture(autouse=True)
+def checked_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", False)
+
+
+@pytest.fixture
+def unchecked_shapes(checked_shapes: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture(params=VARIANTS, scope="session")

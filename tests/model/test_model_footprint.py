@@ -63,7 +63,7 @@ MEASURE = """
 import resource, psutil, torch
 from anarcho_model import ModelConfig
 from anarcho_model.torch import GPT
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 def steps(model, batch, length):
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     for _ in range(3):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import jaxtyping
 import pytest
 import torch
 from anarcho_model import InitConfig, ModelConfig
@@ -149,20 +150,39 @@ def test_an_initialisation_option_leaves_the_draws_of_the_other_tensors_alone():
             torch.testing.assert_close(b, a * (5 if "embed" in name else 0.5))
 
 
-def test_the_compiled_model_is_one_graph_with_the_log_probabilities_and_gradients_of_the_eager_one(build):
-    model = build(num_layers=1, qk_norm=True)
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_the_traced_model_is_one_graph_with_the_log_probabilities_and_gradients_of_the_eager_one(build):
+    model = build(qk_norm=True)
     model.logits_chunk_bytes = 67 * 4 * 24  # two chunks
     tokens, targets = sample(model)
-    compiled = torch.compile(model.token_logprobs, fullgraph=True, dynamic=False)
-    eager, ours = model.token_logprobs(tokens, targets), compiled(tokens, targets)
-    torch.testing.assert_close(ours, eager, rtol=0, atol=1e-5)
-    expected, found = gradients(model, eager.sum()), gradients(model, ours.sum())
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4)
+    eager = model.token_logprobs(tokens, targets)
+    expected = gradients(model, eager.sum())
+    for checkpointing in (False, True):
+        model.gradient_checkpointing = checkpointing
+        traced = torch.compile(model.token_logprobs, fullgraph=True, dynamic=False, backend="aot_eager")
+        ours = traced(tokens, targets)
+        torch.testing.assert_close(ours, eager, rtol=0, atol=1e-5)
+        for name, gradient in gradients(model, ours.sum()).items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_the_compiled_model_under_autocast_is_as_near_to_the_exact_one_as_the_eager_one(build):
+    model = build(num_layers=1, qk_norm=True)
+    tokens, targets = sample(model)
+    exact = model.token_logprobs(tokens, targets)
+    expected = gradients(model, exact.sum())
     with torch.autocast("cpu", torch.bfloat16):
-        loss = compiled(tokens, targets).sum()
-    for name, gradient in gradients(model, loss).items():
+        ours = torch.compile(model.token_logprobs, fullgraph=True, dynamic=False)(tokens, targets)
+    torch.testing.assert_close(ours, exact, rtol=0, atol=0.15)
+    for name, gradient in gradients(model, ours.sum()).items():
         assert (gradient - expected[name]).norm() < 0.05 * expected[name].norm() + 1e-3, name
+
+
+def test_annotated_shapes_are_checked_here(small_model):
+    with pytest.raises(jaxtyping.TypeCheckError):
+        small_model.token_logprobs(torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 4, dtype=torch.long))
 
 
 def test_the_formula_that_is_compiled_on_a_cpu_equals_the_attention_kernel(monkeypatch):

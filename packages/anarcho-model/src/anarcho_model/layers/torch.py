@@ -14,7 +14,7 @@ QK-norm (arXiv:2010.04245), SwiGLU (arXiv:2002.05202).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -124,8 +124,7 @@ def attend(
     return weights.to(v.dtype) @ v
 
 
-@dataclass(frozen=True, kw_only=True)
-class AttentionContext:
+class AttentionContext(NamedTuple):
     """What all layers of one forward pass share."""
 
     cos: Float[Tensor, "rows 1 length half"]
