@@ -80,8 +80,7 @@ def test_standard_output_is_the_run_directory_and_nothing_else(composer: Compose
     result = anarcho("pretrain", "--device", "cpu", "--name", "first")
     assert result.stdout == f"{Path('runs/first')}\n"
     assert "1.2500 bits per byte" in result.stderr
-    assert "The whale" in result.stderr
-    assert "\x1b" not in result.stderr, "a sample must not reprogram the terminal"
+    assert "The whale" not in result.stderr, "the progress display has shown the sample already"
 
 
 def test_json_prints_the_summary_object(composer: Composer, anarcho) -> None:

@@ -180,14 +180,19 @@ def test_automatic_precision_follows_what_the_hardware_has(monkeypatch):
         steps.resolve_precision("float16", CPU)
 
 
-def test_automatic_compilation_needs_a_compiler_and_a_long_run(monkeypatch):
+def test_automatic_compilation_needs_a_compiler_and_a_long_run(monkeypatch, tmp_path):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/" + name)
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(tmp_path)})
+    (tmp_path / "Python.h").touch()
     assert steps.resolve_compile("auto", CPU, flops=1e15)
     assert not steps.resolve_compile("auto", CPU, flops=1e9)
     assert not steps.resolve_compile("auto", MPS, flops=1e15)
     assert steps.resolve_compile("auto", CUDA, flops=0)
     assert steps.resolve_compile("on", CPU, flops=0)
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": "/nowhere"})
+    assert not steps.resolve_compile("auto", CPU, flops=1e15)
+    monkeypatch.undo()
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert not steps.resolve_compile("auto", CPU, flops=1e15)
 

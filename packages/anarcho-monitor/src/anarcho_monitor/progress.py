@@ -56,7 +56,7 @@ class Progress:
             self._bits_per_byte = _number(values, "bits_per_byte")
         if kind == "train":
             self._display.update(step, self._status(step, values))
-        else:
+        elif kind != "end":  # The command that ran it says how a run ended.
             self._display.line(describe(kind, step, values))
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,7 +152,7 @@ class Loop:
     """Hashes of config, tokenizer and data, for the manifests."""
     throughput: Throughput = field(default_factory=Unmeasured)
     """Measures speed and remaining time."""
-    gauges: Callable[[], dict[str, float]] = dict
+    gauges: Callable[[], Mapping[str, float]] = dict
     """Further values for each "train" record, such as memory readings."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What the "start" record of this attempt says besides the step."""

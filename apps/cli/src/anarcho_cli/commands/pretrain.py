@@ -150,7 +150,7 @@ def _resolve(device: Device) -> str:
 
 def _finish(summary: RunSummary, *, json: bool) -> None:
     """Report how the run ended: people read standard error, scripts the last line of standard output."""
-    from anarcho_cli.output import duration_text, note, print_json, printable
+    from anarcho_cli.output import duration_text, note, print_json
 
     stopped = summary.exit_code != 0
     took = f"{summary.steps} steps, {summary.tokens} tokens, {duration_text(summary.seconds)}"
@@ -159,8 +159,6 @@ def _finish(summary: RunSummary, *, json: bool) -> None:
         note(
             f"validation: {summary.bits_per_byte:.4f} bits per byte, loss {summary.validation_loss:.4f} nats per token"
         )
-    if summary.sample:
-        note(f"sample:\n\n{printable(summary.sample)}\n")
     if json:
         print_json(summary.to_dict())
     else:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import sysconfig
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -71,15 +72,21 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
 def resolve_compile(name: str, device: torch.device, *, flops: float) -> bool:
     """Whether the model is compiled.
 
-    ``auto`` compiles on CUDA, and on the CPU where a C++ compiler is present and the run, of ``flops`` floating-point operations, is long
+    ``auto`` compiles on CUDA, and on the CPU where C++ code can be compiled and the run, of ``flops`` floating-point operations, is long
     enough to earn the compilation back. The answer depends on the configuration and the machine only, so that a resumed run decides alike.
     """
     if name != "auto":
         return name == "on"
     if device.type == "cpu":
-        compiler = next((c for c in (os.environ.get("CXX"), "g++", "clang++") if c and shutil.which(c)), None)
-        return compiler is not None and flops >= COMPILE_MIN_FLOPS
+        return flops >= COMPILE_MIN_FLOPS and _can_compile_for_cpu()
     return device.type == "cuda"
+
+
+def _can_compile_for_cpu() -> bool:
+    """Whether the C++ compiler and the Python headers are there that torch.compile needs for CPU code."""
+    compilers = (os.environ.get("CXX"), "g++", "clang++")
+    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    return headers.is_file() and any(name and shutil.which(name) for name in compilers)
 
 
 class TorchStep:

@@ -1,0 +1,337 @@
+"""A pre-training run from raw text to a trained model: the one place where the five packages meet.
+
+Notable: a run directory appears whole (configuration, environment, a given tokenizer) and everything after that is done only where it is
+not done yet, so starting and resuming are one path. Tokenizer, shards and checkpoints appear under their names only when they are complete.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from anarcho_model.flops import training_flops_per_token
+from anarcho_monitor import (
+    EarlyStopping,
+    MetricsLog,
+    Progress,
+    Sinks,
+    TensorBoardSink,
+    Throughput,
+    peak_flops,
+    read_memory,
+)
+from anarcho_optim import schedules
+from anarcho_tokenize import (
+    ConcatBatches,
+    SequentialBatches,
+    Tokenizer,
+    TokenShards,
+    embedded_documents,
+    prepare_shards,
+    read_documents,
+    train_tokenizer,
+)
+from anarcho_train import CheckpointError, CheckpointStore, Loop, StepSchedule, TrainResult, lock_run
+
+from anarcho_cli import config as configuration
+from anarcho_cli.config import RunConfig
+from anarcho_cli.diagnosis import processor_facts, system_facts
+from anarcho_cli.output import note
+
+if TYPE_CHECKING:
+    from anarcho_train.steps.torch import TorchStep
+
+CONFIG_FILE = "config.toml"
+ENVIRONMENT_FILE = "environment.json"
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+TOKENIZER = "tokenizer"
+DATA = "data"
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """How a run ended."""
+
+    run_directory: Path
+    """Where everything is."""
+    steps: int
+    """Optimizer steps made, earlier attempts included."""
+    tokens: int
+    """Tokens trained on, earlier attempts included."""
+    seconds: float
+    """Wall time of this attempt, preparation and evaluation included."""
+    validation_loss: float | None
+    """Last validation loss in nats per token; None where the run stopped before one was measured."""
+    bits_per_byte: float | None
+    """The same in bits per byte of text."""
+    best_step: int | None
+    """Step of the lowest validation loss."""
+    checkpoint: Path | None
+    """The last checkpoint."""
+    sample: str | None
+    """Text that the trained model wrote; None where the run was stopped."""
+    exit_code: int = 0
+    """0, or 128 + the number of the signal that stopped the run."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return {
+            key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(self).items()
+        }
+
+
+def pretrain(config: RunConfig, *, run_directory: Path, device: str, tokenizer_path: Path | None = None) -> RunSummary:
+    """Starts a run in ``run_directory``, which must not exist, and trains it to its end.
+
+    Where the text or the tokenizer turns out to be unusable, the directory is gone again. Raises the packages' ValueError and OSError.
+    """
+    started = time.monotonic()
+    _create_run(run_directory, config, tokenizer_path)
+    with _locked(run_directory):
+        try:
+            _prepare(run_directory, config)
+        except (ValueError, OSError):
+            shutil.rmtree(run_directory, ignore_errors=True)
+            raise
+        return _train(run_directory, config, device=device, started=started)
+
+
+def resume(run_directory: Path, *, device: str) -> RunSummary:
+    """Continues a run from its newest valid checkpoint, or from the beginning where it has none."""
+    started = time.monotonic()
+    config = configuration.load(run_directory / CONFIG_FILE)
+    with _locked(run_directory):
+        _prepare(run_directory, config)
+        return _train(run_directory, config, device=device, started=started)
+
+
+def _create_run(run_directory: Path, config: RunConfig, tokenizer_path: Path | None) -> None:
+    """Makes the directory of a new run under another name and renames it, so that a run is never half begun."""
+    if run_directory.exists():
+        raise FileExistsError(
+            f"the run {run_directory} exists already; choose another --name, or continue it with --resume {run_directory}"
+        )
+    staging = run_directory.with_name(f".{run_directory.name}.partial-{os.getpid()}")
+    try:
+        staging.mkdir(parents=True)
+        (staging / CONFIG_FILE).write_text(configuration.dumps(config), encoding="utf-8")
+        environment = {**system_facts(), "processor": processor_facts()}
+        (staging / ENVIRONMENT_FILE).write_text(json.dumps(environment, indent=1) + "\n", encoding="utf-8")
+        if tokenizer_path is not None:
+            Tokenizer.load(tokenizer_path).save(staging / TOKENIZER)
+        staging.rename(run_directory)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def _locked(run_directory: Path) -> Iterator[None]:
+    lock = lock_run(run_directory)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _prepare(run_directory: Path, config: RunConfig) -> None:
+    """Trains the tokenizer and writes the token shards, each where it is not there yet."""
+    tokenizer_directory = run_directory / TOKENIZER
+    if not tokenizer_directory.is_dir():
+        note(f"training a tokenizer of {config.tokenizer.vocab_size} pieces on {config.data.source}")
+        staging = tokenizer_directory.with_name(f".{TOKENIZER}.partial")
+        shutil.rmtree(staging, ignore_errors=True)
+        train_tokenizer(_documents(config), config=config.tokenizer).save(staging)
+        staging.rename(tokenizer_directory)
+    if not (run_directory / DATA).is_dir():
+        note("turning the text into token shards")
+        prepare_shards(
+            _documents(config),
+            Tokenizer.load(tokenizer_directory),
+            run_directory / DATA,
+            validation_fraction=config.data.validation_fraction,
+            shard_tokens=config.data.shard_tokens,
+            source=config.data.source,
+            num_threads=config.data.num_threads,
+        )
+
+
+def _documents(config: RunConfig) -> Iterator[str]:
+    data = config.data
+    if data.source == "embedded":
+        return embedded_documents()
+    return read_documents(data.source, text_field=data.text_field, document_separator=data.document_separator)
+
+
+def _train(run_directory: Path, config: RunConfig, *, device: str, started: float) -> RunSummary:
+    tokenizer = Tokenizer.load(run_directory / TOKENIZER)
+    step = _make_step(config, tokenizer, device=device)
+    progress_sinks = _sinks(run_directory, config)
+    try:
+        loop = _make_loop(run_directory, config, step, progress_sinks, tokenizer, device=device)
+        loop.checkpoints.sweep()
+        if checkpoint := loop.checkpoints.latest_valid(notify=note):
+            _require_same_run(loop, checkpoint)
+            loop.resume(checkpoint)
+        result = loop.run()
+        sample = None if result.stopped_by else _sample(config, step, tokenizer)
+        if sample is not None:
+            progress_sinks.write("sample", step=result.step, tokens=result.tokens, text=sample)
+        progress_sinks.write("end", step=result.step, tokens=result.tokens, seconds=time.monotonic() - started)
+    finally:
+        progress_sinks.close()
+    return _summary(run_directory, result, sample, seconds=time.monotonic() - started)
+
+
+def _make_step(config: RunConfig, tokenizer: Tokenizer, *, device: str) -> TorchStep:
+    """The model on its device, its optimizer, and the training step over both; loads torch."""
+    from anarcho_model.torch import GPT
+    from anarcho_model.weights import load_weights, save_pretrained
+    from anarcho_optim.torch import MuonAdamW, param_groups
+    from anarcho_train.steps.torch import TorchStep
+
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size is {config.model.vocab_size}, but the run's tokenizer has {tokenizer.vocab_size} pieces; "
+            "leave model.vocab_size out, it follows the tokenizer"
+        )
+    model = GPT(config.model)
+    model.init_weights(seed=config.train.seed, init=config.init)
+    model.gradient_checkpointing = config.train.gradient_checkpointing
+    model.to(device)
+
+    def save_model(trained: Any, directory: Path) -> None:
+        save_pretrained(trained, directory, eos_token_id=tokenizer.eot_id, pad_token_id=tokenizer.pad_id)
+        tokenizer.save(directory)
+
+    return TorchStep(
+        model,
+        MuonAdamW(param_groups(model, config=config.optim)),
+        config=config.train,
+        save_model=save_model,
+        load_model=lambda trained, directory: load_weights(model, directory),
+        flops=training_flops_per_token(config.model, config.sequence_length) * config.total_tokens,
+        notify=note,
+    )
+
+
+def _make_loop(
+    run_directory: Path, config: RunConfig, step: TorchStep, sink: Sinks, tokenizer: Tokenizer, *, device: str
+) -> Loop:
+    train, validation = (TokenShards.open(run_directory / DATA / part) for part in ("train", "validation"))
+    length, isolate = config.sequence_length, config.data.isolate_documents
+
+    def schedule(number: int) -> StepSchedule:
+        return StepSchedule(
+            lr_scale=schedules.lr_scale(config.optim, number, total_steps=config.train.steps),
+            momentum=schedules.momentum(config.optim, number),
+        )
+
+    return Loop(
+        step=step,
+        batches=ConcatBatches(train, length=length, seed=config.train.seed, isolate_documents=isolate),
+        validation=SequentialBatches(validation, length=length, isolate_documents=isolate)
+        if validation.num_tokens
+        else None,
+        schedule=schedule,
+        config=config.train,
+        sequence_length=length,
+        checkpoints=CheckpointStore(run_directory / CHECKPOINTS, keep_last=config.train.keep_last),
+        sink=sink,
+        early_stopping=EarlyStopping(
+            patience=config.train.early_stopping_patience, min_delta=config.train.early_stopping_min_delta
+        ),
+        hashes={
+            "config": hashlib.sha256((run_directory / CONFIG_FILE).read_bytes()).hexdigest(),
+            "tokenizer": tokenizer.sha256,
+            "data": hashlib.sha256(f"{train.fingerprint}{validation.fingerprint}".encode()).hexdigest(),
+        },
+        throughput=Throughput(
+            total_steps=config.train.steps,
+            flops_per_token=training_flops_per_token(config.model, length),
+            peak_flops=config.monitor.peak_flops or peak_flops(_device_name(device)),
+        ),
+        gauges=lambda: read_memory(device).metrics(),
+        facts={
+            "device": device,
+            "precision": str(step.precision).removeprefix("torch."),
+            "compiled": step.compiled,
+            "parameters": config.model.num_parameters,
+            "train_tokens": train.num_tokens,
+            "validation_tokens": validation.num_tokens,
+        },
+    )
+
+
+def _device_name(device: str) -> str:
+    """The full name of a CUDA device; other devices have no peak that their name tells."""
+    if device != "cuda":
+        return device
+    import torch
+
+    return torch.cuda.get_device_name()
+
+
+def _sinks(run_directory: Path, config: RunConfig) -> Sinks:
+    sinks: list[Any] = [MetricsLog(run_directory / METRICS_FILE, run=run_directory.name)]
+    if config.monitor.tensorboard:
+        sinks.append(TensorBoardSink(run_directory / TENSORBOARD))
+    if config.monitor.progress:
+        sinks.append(
+            Progress(
+                config.train.steps,
+                tokens_per_step=config.train.batch_tokens,
+                interval_seconds=config.monitor.progress_seconds,
+            )
+        )
+    return Sinks(sinks)
+
+
+def _require_same_run(loop: Loop, checkpoint: Path) -> None:
+    """A checkpoint continues only under the configuration, the tokenizer and the data that it was made with."""
+    saved = loop.checkpoints.read_hashes(checkpoint)
+    for name, value in loop.hashes.items():
+        if saved.get(name) != value:
+            raise CheckpointError(
+                f"{checkpoint} was made with another {name} than the run directory holds now; put the run's own {name} back, "
+                "or start a new run"
+            )
+
+
+def _sample(config: RunConfig, step: TorchStep, tokenizer: Tokenizer) -> str:
+    """The prompt of the configuration, and what the trained model makes of it."""
+    from anarcho_model.torch import GPT
+
+    from anarcho_cli.writing import Writer
+
+    assert isinstance(step.model, GPT)
+    writer = Writer(step.model, tokenizer)
+    return config.sample.prompt + writer.complete(config.sample.prompt, config=config.sample).text
+
+
+def _summary(run_directory: Path, result: TrainResult, sample: str | None, *, seconds: float) -> RunSummary:
+    finite = result.validation_loss is not None and math.isfinite(result.validation_loss)
+    return RunSummary(
+        run_directory=run_directory,
+        steps=result.step,
+        tokens=result.tokens,
+        seconds=seconds,
+        validation_loss=result.validation_loss if finite else None,
+        bits_per_byte=result.bits_per_byte if finite else None,
+        best_step=result.best_step,
+        checkpoint=result.checkpoint,
+        sample=sample,
+        exit_code=0 if result.stopped_by is None else 128 + signal.Signals(result.stopped_by),
+    )
