@@ -1,27 +1,14 @@
-"""Run-time checks of every annotated shape, in this folder's tests only.
-
-The hook has to be in place before the package is first imported. The checks are off outside of these tests, and while a
-model is compiled: they cannot be traced into a graph.
-"""
+"""Small models of every variant; annotated shapes are checked in this folder's tests, and not while a model is compiled."""
 
 from __future__ import annotations
 
 import jaxtyping
 import pytest
-from jaxtyping import install_import_hook
-
-with install_import_hook("anarcho_model", "beartype.beartype"):
-    import anarcho_model.directory
-    import anarcho_model.generate.torch
-    import anarcho_model.torch
-    import anarcho_model.weights  # noqa: F401
-
 import torch
 from anarcho_model import InitConfig, ModelConfig
 from anarcho_model.torch import GPT
 
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits for the first
-jaxtyping.config.update("jaxtyping_disable", True)
 
 SMALL = {"vocab_size": 67, "context_length": 40, "num_layers": 2, "dim": 32, "num_heads": 4, "hidden_dim": 48}
 VARIANTS = {

@@ -39,7 +39,7 @@ class MemoryForecast:
     optimizer: int
     """The optimizer's state."""
     optimizer_scratch: int
-    """What the optimizer's update needs besides."""
+    """What the optimizer's update needs besides; counted throughout, because allocators keep it from step to step."""
     activations: int
     """Tensors that backward needs, at the end of forward."""
     recomputed: int
@@ -62,7 +62,7 @@ class MemoryForecast:
     @property
     def total(self) -> int:
         """The peak of a training process, beyond the interpreter and its libraries."""
-        return self.weights + self.optimizer + self.transient + self.allocator_slack
+        return self.weights + self.optimizer + self.optimizer_scratch + self.transient + self.allocator_slack
 
     @property
     def transient(self) -> int:
@@ -73,7 +73,6 @@ class MemoryForecast:
             saved + self.vocabulary_chunk + held,
             saved + self.recomputed + self.backward_scratch + self.embedding_gradient + held,
             self.gradients + self.embedding_gradient * (2 if self.gradients_held else 1),
-            self.gradients + self.optimizer_scratch,
             self.checkpoint_copy,
         )
 

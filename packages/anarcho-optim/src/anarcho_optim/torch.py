@@ -20,9 +20,7 @@ from torch.optim.adamw import adamw
 
 from anarcho_optim.coefficients import Variant, variant
 from anarcho_optim.config import OptimConfig
-
-BATCH_BYTES = 64 * 2**20
-"""Largest float32 stack of same-shape matrices that one batched iteration works on; bounds the memory of a step."""
+from anarcho_optim.memory import BATCH_BYTES
 
 EMBEDDING_MODULES = (nn.Embedding, nn.EmbeddingBag)
 
@@ -53,10 +51,10 @@ def orthogonalize(updates: Tensor, *, variant: Variant, dtype: torch.dtype = tor
     """
     transposed = updates.shape[-2] > updates.shape[-1]
     x = updates.mT if transposed else updates
-    largest = x.abs().amax(dim=(-2, -1), keepdim=True)
+    largest = torch.linalg.vector_norm(x, ord=math.inf, dim=(-2, -1), keepdim=True)
     x = x / torch.where(largest > 0, largest, 1.0)
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    x = (x / torch.where(norm > 0, norm * variant.safety, 1.0)).to(dtype)
+    x = x.div_(torch.where(norm > 0, norm * variant.safety, 1.0)).to(dtype)
     for a, b, c in variant.coefficients:
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
@@ -266,7 +264,7 @@ class MuonAdamW(torch.optim.Optimizer):
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
             updates = torch.stack(gradients if group["nesterov"] else momenta)
             if group["nesterov"]:
-                updates.lerp_(torch.stack(momenta), group["momentum"])
+                torch._foreach_lerp_(list(updates.unbind()), momenta, group["momentum"])
             dtype = resolve_ns_dtype(group["ns_dtype"], batch[0].device)
             updates = orthogonalize(updates, variant=variant(group["variant"]), dtype=dtype)
             scale = shape_scale(group["adjust_lr_fn"], rows, columns)

@@ -1,0 +1,22 @@
+"""Run-time checks of the model's annotated shapes, for the tests that turn them on.
+
+The hook has to be in place before the package is first imported by any test. The checks are off until a test asks for them, because they
+cannot be traced into a compiled graph.
+"""
+
+from __future__ import annotations
+
+try:
+    import anarcho_model
+    import beartype
+    import jaxtyping
+    import torch  # noqa: F401 - the model needs it
+except ImportError:  # Another package is tested alone, without the model.
+    pass
+else:
+    with jaxtyping.install_import_hook(anarcho_model.__name__, f"{beartype.__name__}.beartype"):
+        import anarcho_model.directory
+        import anarcho_model.generate.torch
+        import anarcho_model.torch
+        import anarcho_model.weights
+    jaxtyping.config.update("jaxtyping_disable", True)
