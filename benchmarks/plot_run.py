@@ -82,7 +82,7 @@ def _name_last(axes: Axes, last: Point) -> None:
     axes.annotate(
         f"{last.value:.3f}",
         (last.tokens, last.value),
-        xytext=(0, 8),
+        xytext=(-6, -10),
         textcoords="offset points",
         horizontalalignment="right",
         color=ORANGE,

@@ -24,7 +24,7 @@ _SUMMARY_KINDS = {"start", "end"}
 
 
 def tag_of(kind: str, name: str) -> str:
-    """The TensorBoard tag of a metric, such as `train/loss` or `learning_rate/muon`."""
+    """The TensorBoard tag of a metric, such as `train/loss` or `learning_rate/matrices`."""
     if kind == "train":
         for prefix, group in (("lr_", "learning_rate"), ("update_ratio_", "update_ratio")):
             if name.startswith(prefix):
@@ -33,6 +33,8 @@ def tag_of(kind: str, name: str) -> str:
             return f"throughput/{name}"
         if name.endswith("_bytes"):
             return f"memory/{name.removesuffix('_bytes')}_GiB"
+    if kind == "checkpoint":  # A group of its own would come before the ones that matter.
+        return f"throughput/checkpoint_{name}"
     return f"{kind}/{name}"
 
 
