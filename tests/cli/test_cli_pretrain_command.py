@@ -125,6 +125,7 @@ def test_a_stop_by_signal_is_reported_with_how_to_go_on(status: int, composer: C
 def test_resume_continues_the_run_and_takes_the_device(composer: Composer, anarcho, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.toml").touch()
+    (tmp_path / "run" / "environment.json").touch()
     assert anarcho("pretrain", "--resume", "run", "--device", "cpu").stdout == "run\n"
     assert composer.calls == [{"run_directory": Path("run"), "device": "cpu"}]
 
@@ -132,6 +133,7 @@ def test_resume_continues_the_run_and_takes_the_device(composer: Composer, anarc
 def test_resume_without_a_device_goes_on_where_the_run_was(composer: Composer, anarcho, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.toml").touch()
+    (tmp_path / "run" / "environment.json").touch()
     log = MetricsLog(tmp_path / "run" / "metrics.jsonl", run="run", attempt=1)
     log.write("start", step=0, tokens=0, device="cuda")
     log.close()
@@ -200,6 +202,7 @@ def test_a_dry_run_loads_no_framework() -> None:
 def test_resume_refuses_what_would_change_the_run(option: list[str], composer: Composer, refused, tmp_path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.toml").touch()
+    (tmp_path / "run" / "environment.json").touch()
     assert "cannot go with --resume" in refused("pretrain", "--resume", "run", *option)
     assert composer.calls == []
 

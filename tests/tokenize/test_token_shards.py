@@ -346,3 +346,13 @@ def test_report_of_empty_shards_has_no_quantiles(prepare: Callable[..., TokenSha
 def test_configuration_names_the_wrong_field(field: str, value: object) -> None:
     with pytest.raises(ShardError, match=rf"data\.{field} is .*; expected"):
         DataConfig(**{field: value})
+
+
+def test_the_end_of_a_single_document_is_kept_from_training(english, tmp_path):
+    text = "".join(f"This is line number {number} of one long text.\n" for number in range(200))
+    prepare_shards([text], english, tmp_path / "data", validation_fraction=0.1)
+    parts = {part: TokenShards.open(tmp_path / "data" / part) for part in ("train", "validation")}
+    decoded = {part: english.decode(shards.tokens(0, shards.num_tokens).tolist()) for part, shards in parts.items()}
+    assert decoded["train"] + decoded["validation"] == text
+    assert decoded["train"].endswith("\n")
+    assert 0.08 < len(decoded["validation"]) / len(text) < 0.12

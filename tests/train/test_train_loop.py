@@ -22,6 +22,7 @@ def test_a_run_learns_and_reports_what_it_did(make_loop):
     run = make_loop(steps=60)
     run.loop.gauges = lambda: {"used_bytes": 1.0}
     run.loop.throughput = SimpleNamespace(
+        begin=lambda first_step: stretches.append(("begin", first_step)),
         finish_step=lambda tokens: stretches.append(tokens),
         waiting=nullcontext,
         pause=lambda name, every=None: nullcontext(stretches.append(name)),
@@ -30,6 +31,7 @@ def test_a_run_learns_and_reports_what_it_did(make_loop):
     stretches: list = []
     result = run.loop.run()
     assert run.sink.lines[0] == {"kind": "start", "step": 0, "tokens": 0}
+    assert stretches[0] == ("begin", 0)
     assert stretches.count(32) == 60
     assert stretches.count("validation") == 15
     losses = [line["loss"] for line in run.sink.of("train")]
@@ -102,6 +104,30 @@ def test_early_stopping_ends_the_run_with_a_checkpoint_and_keeps_the_best(make_l
     assert [info.step for info in run.store.list()] == [4, 8]
     assert run.store.best().name == "step-00000004"
     assert "early stopping" in run.sink.of("event")[0]["message"]
+
+
+def test_a_run_that_stopped_early_stays_stopped_when_it_is_resumed(make_loop):
+    first = make_loop(steps=100, patience=1, eval_every=2, checkpoint_every=0)
+    losses = iter([2.0, 3.0])
+    first.loop.step.evaluate = lambda batch: LossSum(loss=next(losses) * 24, weight=24.0)
+    first.loop.validation.batches = lambda size, max_windows=None: iter([None])
+    stopped = first.loop.run()
+    assert stopped.step == 4
+    again = make_loop(steps=100, patience=1, eval_every=2, checkpoint_every=0)
+    again.loop.resume(again.store.latest_valid())
+    assert again.loop.run().step == 4
+    assert again.text.consumed == []
+    assert all(torch.equal(a, b) for a, b in zip(weights(first), weights(again), strict=True))
+
+
+def test_evaluations_are_compared_on_the_same_text_and_the_last_one_reads_it_all_besides(make_loop):
+    run = make_loop(steps=8, eval_every=4, eval_tokens=12, keep_last=1)
+    result = run.loop.run()
+    records = run.sink.of("validation")
+    assert [record["step"] for record in records] == [4, 8, 8]
+    state = run.store.read_state(run.store.latest_valid())
+    assert state["compared_loss"] == records[1]["loss"] == run.stopping.best_value
+    assert result.validation_loss == state["validation_loss"] == records[2]["loss"]
 
 
 def test_an_improvement_is_saved_when_it_is_measured(make_loop):

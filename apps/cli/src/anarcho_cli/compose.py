@@ -37,7 +37,6 @@ from anarcho_tokenize import (
     SequentialBatches,
     Tokenizer,
     TokenShards,
-    embedded_documents,
     prepare_shards,
     read_documents,
     train_tokenizer,
@@ -99,12 +98,16 @@ def pretrain(config: RunConfig, *, run_directory: Path, device: str, tokenizer_p
     Where the text or the tokenizer turns out to be unusable, the directory is gone again. Raises the packages' ValueError and OSError.
     """
     started = time.monotonic()
+    _require_precision(config, device)
     _create_run(run_directory, config, tokenizer_path)
     with _locked(run_directory):
         try:
             _prepare(run_directory, config)
         except (ValueError, OSError):
             shutil.rmtree(run_directory, ignore_errors=True)
+            raise
+        except KeyboardInterrupt:
+            note(f"stopped before the training began; continue with --resume {run_directory}")
             raise
         return _train(run_directory, config, device=device, started=started)
 
@@ -116,6 +119,14 @@ def resume(run_directory: Path, *, device: str) -> RunSummary:
     with _locked(run_directory):
         _prepare(run_directory, config)
         return _train(run_directory, config, device=device, started=started)
+
+
+def _require_precision(config: RunConfig, device: str) -> None:
+    """Refuses an arithmetic that the device does not have, before anything is written; loads torch."""
+    import torch
+    from anarcho_train.steps.torch import resolve_precision
+
+    resolve_precision(config.train.precision, torch.device(device))
 
 
 def _create_run(run_directory: Path, config: RunConfig, tokenizer_path: Path | None) -> None:
@@ -166,17 +177,31 @@ def _prepare(run_directory: Path, config: RunConfig) -> None:
             source=config.data.source,
             num_threads=config.data.num_threads,
         )
+        # Made here to refuse a text that is shorter than one sequence before anything else is done with it.
+        ConcatBatches(
+            TokenShards.open(run_directory / DATA / "train"), length=config.sequence_length, seed=config.train.seed
+        )
 
 
 def _documents(config: RunConfig) -> Iterator[str]:
     data = config.data
-    if data.source == "embedded":
-        return embedded_documents()
     return read_documents(data.source, text_field=data.text_field, document_separator=data.document_separator)
+
+
+def _open_shards(run_directory: Path, part: str, tokenizer: Tokenizer) -> TokenShards:
+    """A part of the run's data, checked against its hashes and its tokenizer."""
+    shards = TokenShards.open(run_directory / DATA / part)
+    if shards.tokenizer_sha256 != tokenizer.sha256:
+        raise ValueError(
+            f"{shards.directory} was made by another tokenizer than {run_directory / TOKENIZER}; put that one back, or start a new run"
+        )
+    shards.verify()
+    return shards
 
 
 def _train(run_directory: Path, config: RunConfig, *, device: str, started: float) -> RunSummary:
     tokenizer = Tokenizer.load(run_directory / TOKENIZER)
+    _require_prompt(config, tokenizer)
     step = _make_step(config, tokenizer, device=device)
     progress_sinks = _sinks(run_directory, config)
     try:
@@ -193,6 +218,16 @@ def _train(run_directory: Path, config: RunConfig, *, device: str, started: floa
     finally:
         progress_sinks.close()
     return _summary(run_directory, result, sample, seconds=time.monotonic() - started)
+
+
+def _require_prompt(config: RunConfig, tokenizer: Tokenizer) -> None:
+    """The sample's prompt must leave room in the context, or the run would fail at its very end."""
+    length = 1 + len(tokenizer.encode(config.sample.prompt))
+    if length >= config.model.context_length:
+        raise ValueError(
+            f"sample.prompt has {length} tokens with the document's beginning; expected fewer than model.context_length "
+            f"{config.model.context_length}: shorten it"
+        )
 
 
 def _make_step(config: RunConfig, tokenizer: Tokenizer, *, device: str) -> TorchStep:
@@ -230,7 +265,7 @@ def _make_step(config: RunConfig, tokenizer: Tokenizer, *, device: str) -> Torch
 def _make_loop(
     run_directory: Path, config: RunConfig, step: TorchStep, sink: Sinks, tokenizer: Tokenizer, *, device: str
 ) -> Loop:
-    train, validation = (TokenShards.open(run_directory / DATA / part) for part in ("train", "validation"))
+    train, validation = (_open_shards(run_directory, part, tokenizer) for part in ("train", "validation"))
     length, isolate = config.sequence_length, config.data.isolate_documents
 
     def schedule(number: int) -> StepSchedule:
@@ -305,8 +340,8 @@ def _require_same_run(loop: Loop, checkpoint: Path) -> None:
     for name, value in loop.hashes.items():
         if saved.get(name) != value:
             raise CheckpointError(
-                f"{checkpoint} was made with another {name} than the run directory holds now; put the run's own {name} back, "
-                "or start a new run"
+                f"{checkpoint} was made with another {name} than the run directory holds now; put the run's own {name} back "
+                "(or remove the checkpoint, if it is another run's), or start a new run"
             )
 
 

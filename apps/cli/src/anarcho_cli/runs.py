@@ -42,8 +42,9 @@ def existing_run(path: Path) -> Path:
     """``path``, if it is a run that can be resumed; raises RunError where it is not."""
     if not path.exists():
         raise RunError(f"the run {path} is not there; expected the directory that a pretrain printed")
-    if not (path / "config.toml").is_file():
-        raise RunError(f"{path} is not a run (it has no config.toml); expected the directory that a pretrain printed")
+    for name in ("config.toml", "environment.json"):
+        if not (path / name).is_file():
+            raise RunError(f"{path} is not a run (it has no {name}); expected the directory that a pretrain printed")
     return path
 
 

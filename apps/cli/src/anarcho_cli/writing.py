@@ -90,4 +90,6 @@ class Writer:
 
         stops = config.stop_token_ids or (self.tokenizer.eot_id,)
         settings = dataclasses.replace(config, stop_token_ids=stops)
-        return generate(self.model, self.prompt_ids(prompt), config=settings)
+        tokens = generate(self.model, self.prompt_ids(prompt), config=settings)
+        # A vocabulary that is padded to a rounder size has ids without a piece; an untrained model may draw them.
+        return (token for token in tokens if token < self.tokenizer.vocab_size)

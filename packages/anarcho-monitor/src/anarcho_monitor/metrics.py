@@ -162,7 +162,9 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line)
     except ValueError:
         return None
-    return record if isinstance(record, dict) else None
+    whole = isinstance(record, dict) and isinstance(record.get("attempt"), int) and isinstance(record.get("step"), int)
+    # A newer format is for the caller to refuse, whatever its fields are.
+    return record if whole or (isinstance(record, dict) and record.get("v") not in (None, FORMAT_VERSION)) else None
 
 
 def _last_line_is_torn(path: Path) -> bool:

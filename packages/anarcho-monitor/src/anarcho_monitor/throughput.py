@@ -103,6 +103,15 @@ class Throughput:
         self._waited = self._paused = 0.0
         self._mark = clock()
 
+    def begin(self, first_step: int) -> None:
+        """The run begins now, or goes on, after `first_step` steps; what was measured before is forgotten."""
+        self.step = self._first_step = first_step
+        self._recent.clear()
+        self._elapsed = array("d", [0.0])
+        self._pauses.clear()
+        self._waited = self._paused = 0.0
+        self._mark = self._clock()
+
     def finish_step(self, tokens: int) -> None:
         """Ends an optimizer step that trained on `tokens` tokens."""
         now = self._clock()

@@ -138,15 +138,45 @@ def _write(
     waiting: deque[tuple[str, int]] = deque()
 
     def noted() -> Iterator[str]:
-        for document in documents:
-            if document:
-                part = VALIDATION if is_validation(document, fraction=validation_fraction) else TRAIN
-                waiting.append((part, len(document.encode())))
-                yield document
+        for part, document in _assign(documents, fraction=validation_fraction):
+            waiting.append((part, len(document.encode())))
+            yield document
 
     for ids in tokenizer.encode_documents(noted(), num_threads=num_threads):
         part, num_bytes = waiting.popleft()
         writers[part].add(ids, num_bytes=num_bytes)
+
+
+def _assign(documents: Iterable[str], *, fraction: float) -> Iterator[tuple[str, str]]:
+    """Each document with text, and the part it belongs to by its hash.
+
+    A few documents, or a single book, may all hash into the training part: then the end of the last one is kept from training instead.
+    """
+    validated = False
+    held: str | None = None
+    for document in documents:
+        if not document:
+            continue
+        if held is not None:
+            yield TRAIN, held
+        held = None
+        if is_validation(document, fraction=fraction):
+            validated = True
+            yield VALIDATION, document
+        else:
+            held = document
+    if held is None:
+        return
+    head, tail = (held, "") if validated or not fraction else _cut_tail(held, fraction=fraction)
+    yield from ((part, text) for part, text in ((TRAIN, head), (VALIDATION, tail)) if text)
+
+
+def _cut_tail(document: str, *, fraction: float) -> tuple[str, str]:
+    """The document without about its last ``fraction``, and that; cut at a line's end where there is one, so that no word is cut."""
+    place = round(len(document) * (1 - fraction))
+    line_end = document.rfind("\n", 0, place) + 1
+    cut = line_end if line_end > place // 2 else place
+    return document[:cut], document[cut:]
 
 
 def _check_parts(writers: dict[str, ShardWriter], *, validation_fraction: float) -> None:

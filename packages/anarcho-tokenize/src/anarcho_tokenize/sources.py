@@ -51,6 +51,8 @@ def read_documents(
 
 def find_files(spec: str | os.PathLike[str]) -> list[Path]:
     """The files that a path, directory or glob names, sorted. Raises FileNotFoundError or SourceError where there are none."""
+    if not os.fspath(spec):
+        raise SourceError("data.source is empty; expected 'embedded', a file, a directory or a glob.")
     path = Path(spec)
     if path.is_file():
         _format(path)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ class CheckpointInfo:
     """Size of all its files."""
     validation_loss: float | None
     """Validation loss at that step in nats per token, where one was measured."""
+    compared_loss: float | None
+    """The loss by which checkpoints of a run are compared: all of them measured it on the same text."""
     valid: bool
     """Whether every file is what the manifest says."""
     problem: str | None
@@ -71,22 +74,25 @@ class CheckpointStore:
         partial = self.directory / f".{final.name}{_PARTIAL}{os.getpid()}"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        write(partial)
-        (partial / STATE_FILE).write_text(
-            json.dumps({"format": FORMAT, "step": step, **state}, indent=1) + "\n", encoding="utf-8"
-        )
-        manifest = {
-            "format": FORMAT,
-            "step": step,
-            "created_at": time.time(),
-            "hashes": hashes or {},
-            "files": {path.name: _describe(path) for path in sorted(partial.iterdir())},
-        }
-        (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        for path in (*partial.iterdir(), partial):
-            _fsync(path)
-        if final.exists():  # Only a damaged one, or one that a rollback has overtaken, can be in the way.
-            shutil.rmtree(final)
+        try:
+            write(partial)
+            _write_json(partial / STATE_FILE, {"format": FORMAT, "step": step, **state})
+            files = {path.name: _describe(path) for path in sorted(partial.iterdir())}
+            manifest = {
+                "format": FORMAT,
+                "step": step,
+                "created_at": time.time(),
+                "hashes": hashes or {},
+                "files": files,
+            }
+            _write_json(partial / MANIFEST_FILE, manifest)
+            for path in (*partial.iterdir(), partial):
+                _fsync(path)
+        except BaseException:  # A full disk is full of this: give the space back.
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        if final.exists():  # Only a damaged one can be in the way; a person may want to look at it.
+            final.rename(final.with_name(f"{final.name}.damaged-{time.time_ns()}"))
         partial.rename(final)
         _fsync(self.directory)
         self._rotate()
@@ -103,25 +109,40 @@ class CheckpointStore:
         except CheckpointError as error:
             return [str(error)]
         files = manifest.get("files")
-        if manifest.get("format") != FORMAT or not isinstance(files, dict):
+        if manifest.get("format") != FORMAT:
             return [f"{path}/{MANIFEST_FILE} has format {manifest.get('format')!r}; expected {FORMAT}"]
+        match = _NAME.fullmatch(Path(path).name)
+        described = isinstance(manifest.get("hashes"), dict) and isinstance(manifest.get("created_at"), float)
+        named = match is None or manifest.get("step") == int(match[1])
+        if not (isinstance(files, dict) and STATE_FILE in files and described and named):
+            return [
+                f"{path}/{MANIFEST_FILE} does not describe the checkpoint of this name; it was made by hand or is damaged"
+            ]
         return [
             problem for name, entry in files.items() if (problem := _check_file(Path(path), name, entry, check_hashes))
         ]
 
     def latest_valid(self, *, notify: Callable[[str], None] = lambda message: None) -> Path | None:
-        """The newest sound checkpoint, or None; every damaged newer one is reported through ``notify``."""
-        for _, path in reversed(self._paths()):
+        """The newest sound checkpoint, or None where there is no checkpoint; every damaged newer one is reported through ``notify``.
+
+        Raises `CheckpointError` where there are checkpoints and none is sound.
+        """
+        paths = [path for _, path in reversed(self._paths())]
+        for path in paths:
             problems = self.verify(path)
             if not problems:
                 return path
-            notify(f"{problems[0]}; this checkpoint is passed over for an earlier one")
+            notify(f"{problems[0]}; this checkpoint is passed over")
+        if paths:
+            raise CheckpointError(
+                f"none of the {len(paths)} checkpoints in {self.directory} is sound; put one back, or delete the folder to begin again"
+            )
         return None
 
     def best(self) -> Path | None:
         """The sound checkpoint with the lowest validation loss, or None where no checkpoint has one."""
-        scored = [info for info in self.list() if info.valid and info.validation_loss is not None]
-        return min(scored, key=lambda info: (info.validation_loss, info.step)).path if scored else None
+        best = _best([info for info in self.list() if info.valid])
+        return best.path if best else None
 
     def read_state(self, path: Path) -> dict[str, Any]:
         """The content of a checkpoint's ``state.json``; raises `CheckpointError` if it cannot be read."""
@@ -157,6 +178,7 @@ class CheckpointStore:
             created_at=float(manifest.get("created_at", path.stat().st_mtime)),
             bytes=sum(file.stat().st_size for file in path.iterdir() if file.is_file()),
             validation_loss=state.get("validation_loss"),
+            compared_loss=state.get("compared_loss", state.get("validation_loss")),
             valid=not problems,
             problem=problems[0] if problems else None,
         )
@@ -164,15 +186,21 @@ class CheckpointStore:
     def _rotate(self) -> None:
         """Deletes all but the newest `keep_last` sound checkpoints and the best one; damaged ones stay for a person to look at."""
         sound = [info for info in self.list(check_hashes=False) if info.valid]
-        scored = [info for info in sound if info.validation_loss is not None]
         keep = {info.path for info in sound[-self.keep_last :]}
-        if scored:
-            keep.add(min(scored, key=lambda info: (info.validation_loss, info.step)).path)
+        if best := _best(sound):
+            keep.add(best.path)
         for info in sound:
             if info.path not in keep:
                 doomed = info.path.with_name(f".{info.path.name}{_PARTIAL}old")
                 info.path.rename(doomed)  # A half-deleted checkpoint must never look like a damaged one.
                 shutil.rmtree(doomed)
+
+
+def _best(infos: Sequence[CheckpointInfo]) -> CheckpointInfo | None:
+    """The one with the lowest compared loss, the earliest of equals; None where none has a finite one."""
+    scored = [(info.compared_loss, info.step, info) for info in infos if info.compared_loss is not None]
+    finite = [entry for entry in scored if math.isfinite(entry[0])]
+    return min(finite, key=lambda entry: entry[:2])[2] if finite else None
 
 
 def lock_run(run_directory: Path) -> FileLock:
@@ -203,6 +231,10 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path} holds a {type(value).__name__}; expected a JSON object: this checkpoint is damaged"
         )
     return value
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def _check_file(directory: Path, name: str, entry: Any, check_hashes: bool) -> str | None:

@@ -25,7 +25,7 @@ class TrainConfig:
     eval_tokens: int | None = None
     """Validation tokens of an evaluation during training; left out, all. The last evaluation always reads all."""
     checkpoint_every: int = 500
-    """Optimizer steps between checkpoints; 0 writes only the last one."""
+    """Optimizer steps between checkpoints; 0 writes only the last and the best one."""
     keep_last: int = 2
     """How many of the newest checkpoints stay; the best one stays in any case."""
     early_stopping_patience: int = 0
@@ -65,10 +65,20 @@ class TrainConfig:
                 raise ValueError(f"train.{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
 
     def batch_sequences(self, sequence_length: int) -> int:
-        """Sequences of ``sequence_length`` tokens per optimizer step; raises ValueError if `batch_tokens` is no multiple."""
+        """Sequences of ``sequence_length`` tokens per optimizer step.
+
+        Raises ValueError if `batch_tokens` is no multiple of it, or `micro_batch` does not divide the sequences.
+        """
         if self.batch_tokens % sequence_length:
             raise ValueError(
                 f"train.batch_tokens is {self.batch_tokens}, which is not a multiple of the sequence length {sequence_length}; "
                 f"use {max(1, round(self.batch_tokens / sequence_length)) * sequence_length}"
             )
-        return self.batch_tokens // sequence_length
+        sequences = self.batch_tokens // sequence_length
+        if sequences % self.micro_batch:
+            divisors = [d for d in range(1, sequences + 1) if sequences % d == 0]
+            nearest = min(divisors, key=lambda d: abs(d - self.micro_batch))
+            raise ValueError(
+                f"train.micro_batch is {self.micro_batch}, which does not divide the {sequences} sequences of a step; use {nearest}"
+            )
+        return sequences

@@ -78,6 +78,10 @@ class EarlyStopping(Protocol):
 class Throughput(Protocol):
     """Measures how fast the run is; the loop marks what it is doing."""
 
+    def begin(self, first_step: int) -> None:
+        """The run begins, or goes on, after ``first_step`` steps."""
+        ...
+
     def finish_step(self, tokens: int) -> None:
         """Ends an optimizer step of ``tokens`` tokens."""
         ...
@@ -97,6 +101,9 @@ class Throughput(Protocol):
 
 class Unmeasured:
     """The `Throughput` of a run that nobody times."""
+
+    def begin(self, first_step: int) -> None:
+        pass
 
     def finish_step(self, tokens: int) -> None:
         pass
@@ -159,14 +166,9 @@ class Loop:
 
     def __post_init__(self) -> None:
         self._per_step = self.config.batch_sequences(self.sequence_length)
-        if self._per_step % self.config.micro_batch:
-            divisors = [d for d in range(1, self._per_step + 1) if self._per_step % d == 0]
-            nearest = min(divisors, key=lambda d: abs(d - self.config.micro_batch))
-            raise ValueError(
-                f"train.micro_batch is {self.config.micro_batch}, which does not divide the {self._per_step} sequences of a step; "
-                f"use {nearest}"
-            )
         self._result = TrainResult(step=0, tokens=0)
+        self._compared_loss: float | None = None
+        self._finished = False
 
     def resume(self, checkpoint: Path) -> None:
         """Restores the state of ``checkpoint``; raises `CheckpointError` or ValueError if it does not fit."""
@@ -181,15 +183,18 @@ class Loop:
             best_step=self.early_stopping.best_step,
             checkpoint=checkpoint,
         )
+        self._compared_loss = state.get("compared_loss")
+        self._finished = bool(state.get("finished"))
 
     def run(self) -> TrainResult:
         """Trains up to the configured number of steps, or until early stopping or a signal, and returns how it ended."""
         result, config = self._result, self.config
         skipped = 0
         losses: list[float] = []
+        self.throughput.begin(result.step)
         self._write("start", **self.facts)
         with StopSignal() as stop:
-            while result.step < config.steps:
+            while result.step < config.steps and not self._finished:
                 metrics = self._train_step()
                 losses.append(metrics.loss)
                 skipped = skipped + 1 if metrics.skipped else 0
@@ -199,17 +204,15 @@ class Loop:
                     losses = []
                 if metrics.skipped:
                     self._report_skip(metrics, skipped)
-                improved = finished = False
+                improved = False
                 if self.validation and (last or (config.eval_every and result.step % config.eval_every == 0)):
-                    improved, finished = self._evaluate(whole=last)
-                    finished = finished and not last
+                    improved = self._evaluate(self.validation, last=last)
                 due = config.checkpoint_every and result.step % config.checkpoint_every == 0
-                if last or due or improved or finished or stop.requested:
+                if last or due or improved or self._finished or stop.requested:
                     self._save()
-                if finished:
+                if self._finished and not last:
                     self._event("early stopping: the validation loss has not improved for too long")
-                    break
-                if stop.requested:
+                elif stop.requested:
                     result.stopped_by = None if last else stop.number
                     self._event(f"stopped by signal {stop.number}; the state is saved")
                     break
@@ -225,31 +228,35 @@ class Loop:
         result.step += 1
         result.tokens += self.config.batch_tokens
         # The validation figures belong to the step at which they were measured.
-        result.validation_loss = result.bits_per_byte = None
+        result.validation_loss = result.bits_per_byte = self._compared_loss = None
         return metrics
 
-    def _evaluate(self, *, whole: bool) -> tuple[bool, bool]:
-        """Measures the validation loss; returns whether it is the best so far and whether the run should stop."""
-        result = self._result
-        limit = None if whole else self.config.eval_tokens
+    def _evaluate(self, validation: ValidationBatches, *, last: bool) -> bool:
+        """Measures the validation loss and decides on early stopping; returns whether the loss is the best so far.
+
+        Evaluations are compared with each other on the same text, so the last one reads the limited part first and then the whole.
+        """
+        result, limit = self._result, self.config.eval_tokens
+        limited = limit is not None and limit < validation.num_tokens
+        self._compared_loss = self._measure(validation, max_tokens=limit if limited else None)
+        self._finished = self.early_stopping.update(self._compared_loss, result.step)
+        result.best_step = self.early_stopping.best_step
+        if limited and (last or self._finished):
+            self._measure(validation, max_tokens=None)
+        return self.early_stopping.best_step == result.step
+
+    def _measure(self, validation: ValidationBatches, *, max_tokens: int | None) -> float:
         with self.throughput.pause("validation", every=self.config.eval_every or None):
             loss, bits = evaluate(
                 self.step,
-                self._validation,
+                validation,
                 batch_size=self.config.micro_batch,
                 sequence_length=self.sequence_length,
-                max_tokens=limit,
+                max_tokens=max_tokens,
             )
-        result.validation_loss, result.bits_per_byte = loss, bits
-        finished = self.early_stopping.update(loss, result.step)
-        result.best_step = self.early_stopping.best_step
+        self._result.validation_loss, self._result.bits_per_byte = loss, bits
         self._write("validation", loss=loss, bits_per_byte=bits)
-        return self.early_stopping.best_step == result.step, finished
-
-    @property
-    def _validation(self) -> ValidationBatches:
-        assert self.validation is not None
-        return self.validation
+        return loss
 
     def _save(self) -> None:
         result = self._result
@@ -259,8 +266,10 @@ class Loop:
             "samples": sample,
             "position": self.batches.position(sample),
             "early_stopping": self.early_stopping.state_dict(),
-            "validation_loss": result.validation_loss,
-            "bits_per_byte": result.bits_per_byte,
+            "validation_loss": _finite(result.validation_loss),
+            "bits_per_byte": _finite(result.bits_per_byte),
+            "compared_loss": _finite(self._compared_loss),
+            "finished": self._finished,
         }
         started = time.monotonic()
         with self.throughput.pause("checkpoint"):
@@ -280,7 +289,7 @@ class Loop:
         if skipped >= MAX_SKIPPED_STEPS:
             raise TrainingDiverged(
                 f"step {self._result.step} is the {skipped}th in a row without a finite gradient ({what}); the run has diverged: "
-                "lower optim.lr, lengthen optim.warmup_steps or use train.precision = 'float32', and resume from the last checkpoint"
+                "start a new run with a lower optim.lr, a longer optim.warmup_steps or train.precision = 'float32'"
             )
 
     def _event(self, message: str) -> None:
@@ -288,6 +297,11 @@ class Loop:
 
     def _write(self, kind: str, **values: Any) -> None:
         self.sink.write(kind, step=self._result.step, tokens=self._result.tokens, **values)
+
+
+def _finite(value: float | None) -> float | None:
+    """The value as JSON has it; what is not finite is no measurement."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def evaluate(

@@ -56,7 +56,8 @@ def next_token_probabilities(
     The temperature must be above 0. Each filter acts on the renormalised remains of the one before; the likeliest token
     always stays.
     """
-    logits = logits / config.temperature
+    # Relative to the largest one, or a very small temperature would overflow.
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / config.temperature
     if config.top_k is not None and config.top_k < logits.shape[-1]:
         smallest = logits.topk(config.top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -161,9 +161,12 @@ class TorchStep:
 
     def save(self, directory: Path) -> None:
         """Writes the model's files, the optimizer's state and the random state into ``directory``."""
-        self._save_model(self.model, directory)
-        save_file(self._optimizer_tensors(), directory / OPTIMIZER_FILE)
-        save_file(self._runtime_tensors(), directory / RUNTIME_FILE)
+        try:
+            self._save_model(self.model, directory)
+            save_file(self._optimizer_tensors(), directory / OPTIMIZER_FILE)
+            save_file(self._runtime_tensors(), directory / RUNTIME_FILE)
+        except SafetensorError as error:  # Its text is the operating system's, for example that the disk is full.
+            raise OSError(f"{directory} cannot be written ({error}); free space there and resume the run") from error
 
     def load(self, directory: Path) -> None:
         """Restores what `save` wrote; raises ValueError naming the first tensor that is missing, left over or of another shape."""
