@@ -58,6 +58,7 @@ def draw(run: Path, picture: Path) -> None:
         _finish(left, "loss (nats per token)")
         _finish(right, "bits per byte")
         if bits:
+            right.margins(y=0.12)  # Room for the number below the last point.
             _name_last(right, bits[-1])
         left.legend()
         picture.parent.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,9 @@ from typing import Any
 
 PRESET = Path(__file__).parents[1] / "apps/cli/src/anarcho_cli/presets/quickstart.toml"
 
+STEPS = 320
+"""Steps of a variant that names none."""
+
 PLAIN = {
     "model.tie_embeddings": True,
     "init.embedding_std": 0.02,
@@ -109,6 +112,7 @@ def train(overrides: dict[str, Any], *, device: str, data: Path, timed: bool = F
     from anarcho_train.steps.torch import TorchStep
 
     sections = tomllib.loads(PRESET.read_text(encoding="utf-8"))
+    sections["train"]["steps"] = STEPS
     for key, value in overrides.items():
         section, _, name = key.partition(".")
         sections[section][name] = value
