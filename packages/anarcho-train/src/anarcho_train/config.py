@@ -39,7 +39,9 @@ class TrainConfig:
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Arithmetic of the matrix products; weights, gradients and optimizer state are float32 in any case."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Whether the model runs through torch.compile; `auto` compiles where it pays for itself over the run."""
+    """Whether the model runs through torch.compile; `auto` compiles where it pays for itself over the run.
+
+    On a CPU with several threads a compiled run is not repeatable to the last bit; an uncompiled one is."""
     gradient_checkpointing: bool = False
     """Whether each block's activations are computed again in the backward pass instead of being kept."""
 
