@@ -46,6 +46,7 @@ from anarcho_train import CheckpointError, CheckpointStore, Loop, StepSchedule, 
 from anarcho_cli import config as configuration
 from anarcho_cli.config import RunConfig
 from anarcho_cli.diagnosis import processor_facts, system_facts
+from anarcho_cli.models import CHECKPOINTS
 from anarcho_cli.output import note
 
 if TYPE_CHECKING:
@@ -57,7 +58,6 @@ METRICS_FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 TOKENIZER = "tokenizer"
 DATA = "data"
-CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True, kw_only=True)
