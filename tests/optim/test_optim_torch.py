@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 from anarcho_optim import VARIANTS, OptimConfig
-from anarcho_optim.torch import BATCH_BYTES, MuonAdamW, orthogonalize, param_groups, shape_scale
+from anarcho_optim.memory import CPU_BATCH_BYTES
+from anarcho_optim.torch import MuonAdamW, orthogonalize, param_groups, shape_scale
 from torch import nn
 
 SHAPES = [(16, 16), (8, 32), (32, 8), (1, 12)]
@@ -137,7 +138,7 @@ def test_adamw_half_equals_torch_optim_adamw():
 
 def test_matrices_of_one_shape_step_together_as_they_would_alone(monkeypatch):
     def final_weights(batch_bytes: int) -> list[torch.Tensor]:
-        monkeypatch.setattr("anarcho_optim.torch.BATCH_BYTES", batch_bytes)
+        monkeypatch.setattr("anarcho_optim.memory.CPU_BATCH_BYTES", batch_bytes)
         torch.manual_seed(0)
         model = TinyModel()
         optimizer = MuonAdamW(param_groups(model, config=OptimConfig(ns_dtype="float32")))
@@ -146,7 +147,7 @@ def test_matrices_of_one_shape_step_together_as_they_would_alone(monkeypatch):
             optimizer.step()
         return [p.detach().clone() for p in model.parameters()]
 
-    for together, alone in zip(final_weights(BATCH_BYTES), final_weights(1), strict=True):
+    for together, alone in zip(final_weights(CPU_BATCH_BYTES), final_weights(1), strict=True):
         torch.testing.assert_close(together, alone, atol=1e-6, rtol=1e-5)
 
 
@@ -154,7 +155,7 @@ def test_matrices_of_one_shape_step_together_as_they_would_alone(monkeypatch):
 def test_param_groups_route_by_type_and_identity_and_forget_nothing(tied):
     model = TinyModel(tied=tied)
     groups = param_groups(model)
-    routed = {id(p): group["algorithm"] for group in groups for p in group["params"]}
+    routed = {id(p): group["algorithm"] for group in groups for _, p in group["params"]}
     assert set(routed) == {id(p) for p in model.parameters()}
     muon = {id(m.weight) for m in (model.first, model.second, model.wide, model.narrow)}
     assert {key for key, algorithm in routed.items() if algorithm == "muon"} == muon
@@ -254,10 +255,10 @@ MATRIX = nn.Parameter(torch.zeros(2, 2))
     ("group", "sentence"),
     [
         ({"params": [MATRIX]}, "algorithm None; expected 'muon' or 'adamw'"),
-        ({"params": [nn.Parameter(torch.zeros(3))], "algorithm": "muon"}, "shape (3,), is no matrix"),
-        ({"params": [MATRIX], "algorithm": "muon", "lr": -1.0}, "learning rate -1.0"),
-        ({"params": [MATRIX], "algorithm": "adamw", "lr": float("nan")}, "learning rate nan"),
-        ({"params": [MATRIX], "algorithm": "muon", "variant": "newton"}, "'newton'; expected one of jordan"),
+        ({"params": [nn.Parameter(torch.zeros(3))], "algorithm": "muon"}, "shape (3,); expected two dimensions or more"),
+        ({"params": [MATRIX], "algorithm": "muon", "lr": -1.0}, "has lr -1.0; expected zero or a positive number"),
+        ({"params": [MATRIX], "algorithm": "adamw", "lr": float("nan")}, "has lr nan"),
+        ({"params": [MATRIX], "algorithm": "muon", "variant": "newton"}, "'newton'; expected one of"),
         (
             {"params": [nn.Parameter(torch.zeros(2, 2, dtype=torch.int32), requires_grad=False)], "algorithm": "adamw"},
             "torch.int32",
@@ -271,11 +272,5 @@ def test_a_bad_group_is_refused_by_name(group, sentence):
 
 
 def test_a_parameter_given_twice_is_refused():
-    with pytest.raises(ValueError, match="more than one parameter group"):
+    with pytest.raises(ValueError, match=r"parameter 0 of group 1, of shape \(2, 2\), is given twice"):
         MuonAdamW([{"params": [MATRIX], "algorithm": "muon"}, {"params": [MATRIX], "algorithm": "adamw"}])
-
-
-def test_param_groups_name_a_parameter_that_fits_neither_half():
-    model = nn.Sequential(nn.Conv1d(2, 3, 3))
-    with pytest.raises(ValueError, match=r"parameter 0.weight has shape \(3, 2, 3\)"):
-        param_groups(model)

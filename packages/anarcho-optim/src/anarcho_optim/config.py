@@ -7,6 +7,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from anarcho_optim.coefficients import variant
+from anarcho_optim.scaling import ADJUST_LR_FNS
+
+NS_DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""Names of the arithmetic of the Newton-Schulz iteration."""
+
+SCHEDULES = ("cosine", "linear", "wsd", "constant")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +33,24 @@ class OptimConfig:
     """Muon's momentum."""
     nesterov: bool = True
     """Whether Muon looks ahead along the momentum."""
-    variant: Literal["jordan", "polar-express"] = "polar-express"
+    variant: Literal["polar-express", "polar-express-8", "jordan", "you"] = "polar-express"
     """Newton-Schulz coefficients."""
     adjust_lr_fn: Literal["original", "match_rms_adamw", "spectral"] = "match_rms_adamw"
     """How the update is scaled for a matrix's shape; `match_rms_adamw` lets one learning rate serve both halves."""
     ns_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Arithmetic of the Newton-Schulz iteration; `auto` takes bfloat16 where it is native and float32 elsewhere."""
+    cautious_weight_decay: bool = False
+    """Whether a matrix entry is decayed only where the update moves it towards zero."""
+    normuon: bool = False
+    """Whether each neuron's update is divided by the root of its running mean square (NorMuon)."""
+    normuon_beta2: float = 0.95
+    """Decay of NorMuon's running mean square."""
+    normuon_axis: Literal[-1, -2] = -1
+    """Axis that NorMuon averages over: -1 gives one value per row (output), -2 one per column (input)."""
+    row_equilibration: bool = False
+    """Whether the rows of the momentum are brought to one norm before the iteration."""
+    frobenius_normalization: bool = False
+    """Whether the orthogonal update is rescaled to the Frobenius norm of an exactly orthogonal matrix."""
     beta1: float = 0.9
     """AdamW's decay of the mean of gradients."""
     beta2: float = 0.95
@@ -59,7 +77,7 @@ class OptimConfig:
         for name in ("weight_decay", "adamw_weight_decay"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"optim.{name} is {getattr(self, name)}; expected zero or a positive number")
-        for name in ("momentum", "beta1", "beta2"):
+        for name in ("momentum", "beta1", "beta2", "normuon_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optim.{name} is {getattr(self, name)}; expected a number of at least 0 and below 1")
         for name in ("decay_fraction", "final_lr_fraction"):
@@ -69,10 +87,13 @@ class OptimConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"optim.{name} is {getattr(self, name)}; expected zero or more steps")
         choices = {
-            "adjust_lr_fn": ("original", "match_rms_adamw", "spectral"),
-            "ns_dtype": ("auto", "float32", "bfloat16", "float16"),
-            "schedule": ("cosine", "linear", "wsd", "constant"),
+            "adjust_lr_fn": ADJUST_LR_FNS,
+            "ns_dtype": NS_DTYPES,
+            "schedule": SCHEDULES,
+            "normuon_axis": (-1, -2),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"optim.{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
+                raise ValueError(
+                    f"optim.{name} is {getattr(self, name)!r}; expected one of {', '.join(map(str, allowed))}"
+                )

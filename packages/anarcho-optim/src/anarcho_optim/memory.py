@@ -5,6 +5,17 @@ from __future__ import annotations
 BATCH_BYTES = 32 * 2**20
 """Largest float32 stack of same-shape matrices that one batched iteration works on (a larger single matrix is a stack by itself)."""
 
+CPU_BATCH_BYTES = 16 * 2**20
+"""The same on a CPU, where a stack that stays in the caches is faster."""
+
 SCRATCH_BYTES = 4 * BATCH_BYTES
-"""Upper bound of Muon's temporary memory while no matrix exceeds `BATCH_BYTES`: the update, its normalised copy, the iterate before and
-after a step in half precision, and the result."""
+"""Upper bound of Muon's temporary memory on CPU and MPS while no matrix exceeds `BATCH_BYTES`: the update, its normalised copy, the iterate
+before and after a step, and the result."""
+
+CUDA_SCRATCH_BYTES = 2**30
+"""Upper bound of Muon's temporary memory on CUDA's fused path (unless one matrix needs more)."""
+
+
+def batch_bytes(device_type: str) -> int:
+    """The cap of a float32 stack on a device of this type (``cpu``, ``mps``, ``cuda``)."""
+    return CPU_BATCH_BYTES if device_type == "cpu" else BATCH_BYTES

@@ -1,0 +1,209 @@
+"""One step of Muon and of AdamW as pure functions on arrays.
+
+Notable: everything but the iteration sees a matrix in the parameter's own orientation, because transposing would change the scale, the rows
+that are equilibrated and the axis of NorMuon. Momentum, norms and weights are float32 whatever the parameters are; a parameter is rounded
+once. Rates and momenta are 0-D arrays, so that a compiled step is not traced again when a schedule changes them.
+
+Sources: Muon, Keller Jordan (https://kellerjordan.github.io/posts/muon/); NorMuon, Li et al., arXiv:2510.05491; cautious weight decay,
+Chen et al., arXiv:2510.12402; row equilibration, arXiv:2603.28254; Frobenius normalisation, arXiv:2602.21545; AdamW, Loshchilov and Hutter,
+arXiv:1711.05101.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import mlx.core as mx
+
+from anarcho_optim.groups import Blocks
+from anarcho_optim.memory import batch_bytes
+from anarcho_optim.mlx.batching import Iteration, batches
+from anarcho_optim.mlx.newton_schulz import frobenius_norm, orthogonalize, reciprocal, resolve_ns_dtype
+from anarcho_optim.scaling import shape_scale
+
+Result = tuple[mx.array, dict[str, mx.array]]
+"""The new weight and the new state of a parameter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MuonInput:
+    """What one parameter brings to a step of Muon."""
+
+    weight: mx.array
+    gradient: mx.array
+    state: Mapping[str, mx.array]
+    """``momentum``, float32 and shaped like the weight, and with NorMuon ``neuron_mean_sq``."""
+    blocks: Blocks
+    options: Mapping[str, Any]
+    """A Muon group's keys; those that schedules change are taken from the three arrays below instead."""
+    lr: mx.array
+    weight_decay: mx.array
+    momentum: mx.array
+
+
+def muon_step(inputs: Sequence[MuonInput]) -> list[Result]:
+    """The new weight and the new state of each parameter; matrices of one shape and iteration are batched across all parameters.
+
+    Each batch starts, momentum included, when the weights of the one before it are updated. MLX evaluates later, in an order of its own,
+    and would otherwise hold the intermediate results of all batches at once; so the memory of a step does not grow with the number of
+    layers.
+    """
+    cap = batch_bytes("cpu" if mx.default_device() == mx.cpu else "mps")
+    started: dict[int, tuple[mx.array, list[mx.array]]] = {}
+    orthogonal = [[[] for _ in item.blocks.sizes] for item in inputs]
+    missing = [sum(item.blocks.count for shape in item.blocks.shapes if math.prod(shape)) for item in inputs]
+    results: dict[int, Result] = {}
+    before: list[mx.array] = []
+    for key, batch in batches([i.blocks for i in inputs], [i.options for i in inputs], limit_bytes=cap):
+        for index in dict.fromkeys(run.parameter for run in batch if run.parameter not in started):
+            started[index] = _start(inputs[index], before)
+        factors = _orthogonalize_batch([started[r.parameter][1][r.block][r.start : r.stop] for r in batch], key)
+        before = [factors[-1]]
+        for run, factor in zip(batch, factors, strict=True):
+            orthogonal[run.parameter][run.block].append(factor)
+            missing[run.parameter] -= run.stop - run.start
+            if missing[run.parameter] == 0:
+                momentum, _ = started[run.parameter]
+                results[run.parameter] = _finish(inputs[run.parameter], momentum, orthogonal[run.parameter])
+                before.append(results[run.parameter][0])
+    # What is left are empty parameters: there is nothing to update.
+    return [results.get(i, (item.weight, dict(item.state))) for i, item in enumerate(inputs)]
+
+
+def _start(item: MuonInput, before: list[mx.array]) -> tuple[mx.array, list[mx.array]]:
+    """The new momentum and the blocks of the update as (count, rows, columns) stacks, not earlier than ``before`` is evaluated."""
+    gradient = mx.depends([item.gradient], before)[0] if before else item.gradient
+    blocks = item.blocks
+    momentum, update = advance_momentum(
+        item.state["momentum"], gradient, rate=item.momentum, nesterov=item.options["nesterov"]
+    )
+    pieces = _split(update.reshape(blocks.count, blocks.rows, blocks.columns), blocks.sizes, blocks.split_dim + 1)
+    return momentum, [equilibrate_rows(piece) for piece in pieces] if item.options["row_equilibration"] else pieces
+
+
+def _orthogonalize_batch(stacks: Sequence[mx.array], key: Iteration) -> list[mx.array]:
+    """The float32 orthogonal factors of stacks of one shape or its transpose, as one batch."""
+    wide = [s.swapaxes(-1, -2) if s.shape[-2] > s.shape[-1] else s for s in stacks]
+    batch = mx.concatenate(wide) if len(wide) > 1 else wide[0]
+    factors = orthogonalize(batch, variant=key.variant, dtype=resolve_ns_dtype(key.ns_dtype)).astype(mx.float32)
+    if key.frobenius:
+        factors = normalize_frobenius(factors)
+    parts = _split(factors, [len(s) for s in stacks], 0)
+    return [part if part.shape == s.shape else part.swapaxes(-1, -2) for part, s in zip(parts, stacks, strict=True)]
+
+
+def _finish(item: MuonInput, momentum: mx.array, orthogonal: list[list[mx.array]]) -> Result:
+    """The new weight and state of a parameter from the orthogonal factors of its blocks, each in one or several runs."""
+    blocks = item.blocks
+    whole = [
+        mx.concatenate(runs) if runs else mx.zeros((blocks.count, *shape))
+        for runs, shape in zip(orthogonal, blocks.shapes, strict=True)
+    ]
+    update, state = _scaled_update(whole, item)
+    return _apply_update(item, update), {"momentum": momentum} | state
+
+
+def advance_momentum(
+    momentum: mx.array, gradient: mx.array, *, rate: mx.array, nesterov: bool
+) -> tuple[mx.array, mx.array]:
+    """m <- mu m + (1 - mu) g, and the update: (1 - mu) g + mu m with Nesterov, else m; both float32, of the parameter's shape."""
+    g = gradient.astype(mx.float32)
+    m = momentum + (1 - rate) * (g - momentum)
+    return m, g + rate * (m - g) if nesterov else m
+
+
+def _split(x: mx.array, sizes: Sequence[int], axis: int) -> list[mx.array]:
+    return list(mx.split(x, list(accumulate(sizes))[:-1], axis=axis)) if len(sizes) > 1 else [x]
+
+
+def equilibrate_rows(matrices: mx.array) -> mx.array:
+    """Each row of (matrices, rows, columns) divided by its 2-norm; rows of zeros stay zero."""
+    if matrices.size == 0:
+        return matrices
+    largest = mx.abs(matrices).max(axis=-1, keepdims=True)
+    scaled = matrices / mx.where(largest == 0, 1.0, largest)
+    return scaled * reciprocal(mx.sqrt(mx.square(scaled).sum(axis=-1, keepdims=True)))
+
+
+def normalize_frobenius(orthogonal: mx.array) -> mx.array:
+    """Each matrix of (matrices, rows, columns) rescaled to the norm of an orthogonal one, sqrt(min(rows, columns)); zeros stay zero."""
+    if orthogonal.size == 0:
+        return orthogonal
+    return orthogonal * (math.sqrt(min(orthogonal.shape[-2:])) * reciprocal(frobenius_norm(orthogonal)))
+
+
+def normalize_neurons(orthogonal: mx.array, mean_sq: mx.array, *, beta2: float, axis: int) -> tuple[mx.array, mx.array]:
+    """NorMuon: each neuron of (matrices, rows, columns) divided by the root of its running mean square over ``axis``, the norm kept.
+
+    Returns the result and the new mean square, of the shape of ``mean_sq``: (matrices, rows, 1) for axis -1, (matrices, 1, columns) for -2.
+    """
+    if orthogonal.size == 0:
+        return orthogonal, mean_sq
+    mean_sq = beta2 * mean_sq + (1 - beta2) * mx.square(orthogonal).mean(axis=axis, keepdims=True)
+    normalized = orthogonal * reciprocal(mx.sqrt(mean_sq))
+    return normalized * (frobenius_norm(orthogonal) * reciprocal(frobenius_norm(normalized))), mean_sq
+
+
+def _scaled_update(orthogonal: list[mx.array], item: MuonInput) -> tuple[mx.array, dict[str, mx.array]]:
+    """S O of one parameter, in its shape, and the state besides the momentum; ``orthogonal`` holds its blocks."""
+    blocks, options = item.blocks, item.options
+    dim, axis = blocks.split_dim + 1, options["normuon_axis"]
+    state = {}
+    if options["normuon"]:
+        mean_sq = item.state["neuron_mean_sq"]
+        sizes = (1,) * len(blocks.sizes) if axis % 3 == dim else blocks.sizes
+        means = _split(mean_sq.reshape(blocks.count, *mean_sq.shape[-2:]), sizes, dim)
+        pairs = [
+            normalize_neurons(o, v, beta2=options["normuon_beta2"], axis=axis)
+            for o, v in zip(orthogonal, means, strict=True)
+        ]
+        orthogonal = [o for o, _ in pairs]
+        state["neuron_mean_sq"] = mx.concatenate([v for _, v in pairs], axis=dim).reshape(mean_sq.shape)
+    scaled = [
+        o * shape_scale(options["adjust_lr_fn"], *shape)
+        for o, shape in zip(orthogonal, blocks.shapes, strict=True)
+        if o.size
+    ]
+    return mx.concatenate(scaled, axis=dim).reshape(item.weight.shape), state
+
+
+def _apply_update(item: MuonInput, update: mx.array) -> mx.array:
+    """W <- W - lr wd W - lr S O, rounded once; cautious decay leaves entries alone that the update moves away from zero."""
+    w = item.weight.astype(mx.float32)
+    decayed = w - item.lr * item.weight_decay * w
+    if item.options["cautious_weight_decay"]:
+        decayed = mx.where(update * w >= 0, decayed, w)
+    return (decayed - item.lr * update).astype(item.weight.dtype)
+
+
+def _bias_correction(beta: float, step: mx.array) -> mx.array:
+    """1 - beta^step without the cancellation that a beta close to 1 suffers in float32."""
+    return -mx.expm1(step * (math.log(beta) if beta else -math.inf))
+
+
+def adamw_step(
+    weight: mx.array,
+    gradient: mx.array,
+    state: Mapping[str, mx.array],
+    *,
+    lr: mx.array,
+    weight_decay: mx.array,
+    betas: tuple[float, float],
+    eps: float,
+) -> tuple[mx.array, dict[str, mx.array]]:
+    """The new weight and the new state of one parameter, as torch.optim.AdamW defines them.
+
+    ``state`` holds ``exp_avg`` and ``exp_avg_sq``, float32 of the weight's shape, and the 0-D float32 ``step``.
+    """
+    w, g = weight.astype(mx.float32), gradient.astype(mx.float32)
+    step = state["step"] + 1
+    mean = state["exp_avg"] + (1 - betas[0]) * (g - state["exp_avg"])
+    mean_sq = betas[1] * state["exp_avg_sq"] + (1 - betas[1]) * mx.square(g)
+    denominator = mx.sqrt(mean_sq) / mx.sqrt(_bias_correction(betas[1], step)) + eps
+    w = w - lr * weight_decay * w
+    w = w - lr / _bias_correction(betas[0], step) * (mean / denominator)
+    return w.astype(weight.dtype), {"exp_avg": mean, "exp_avg_sq": mean_sq, "step": step}

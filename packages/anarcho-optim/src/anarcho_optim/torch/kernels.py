@@ -1,0 +1,439 @@
+"""Triton kernels of the CUDA path: what torch has no single launch for.
+
+Notable:
+
+* `symmetric_product` computes only the tiles on and below the diagonal of a product known to be symmetric, and mirrors them: the Gram
+  matrix, its square and the polynomials of it are all symmetric. The polynomial ``a I + b A + c A^2`` needs no second pass.
+* The elementwise kernels take tables of addresses, so one launch serves any number of parameters wherever their memory lies; no stack of
+  gradients is built, and a captured CUDA graph stays valid when gradients move.
+* Hyper-parameters are read from device memory: nothing is compiled again when a schedule changes them.
+
+torch's own multi-tensor kernels launch once per 320 chunks or 30 to 110 tensors, so that their number grows with the layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE = 64
+"""Rows and columns of the tile that one program of the elementwise matrix kernels works on."""
+
+VECTOR_BLOCK = 4096
+"""Elements that one program of the AdamW kernel works on."""
+
+MUON_COLUMNS = 5
+"""Columns of the address table of matrices: gradient, momentum, parameter, row stride, 1 for a matrix stored transposed."""
+
+ADAMW_COLUMNS = 6
+"""Columns of the address table of AdamW: gradient, parameter, exp_avg, exp_avg_sq, step, elements."""
+
+
+@triton.jit
+def _pointer(table, index, kind: tl.constexpr, ALIGNED: tl.constexpr):
+    address = tl.load(table + index)
+    if ALIGNED:
+        address = tl.multiple_of(address, 16)
+    return address.to(tl.pointer_type(kind))
+
+
+@triton.jit
+def _symmetric_product_kernel(
+    a,
+    b,
+    addend,
+    out,
+    n,
+    k,
+    alpha,
+    beta,
+    diagonal,
+    ADD: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One tile on or below the diagonal of alpha A B' + beta C + diagonal I, and its mirror image."""
+    tile = tl.program_id(0)
+    matrix = tl.program_id(1).to(tl.int64)
+    row = ((tl.sqrt(8.0 * tile + 1.0) - 1.0) * 0.5).to(tl.int32)
+    column = tile - row * (row + 1) // 2
+    rows = row * BLOCK + tl.arange(0, BLOCK)
+    columns = column * BLOCK + tl.arange(0, BLOCK)
+    depth = tl.arange(0, BLOCK_K)
+    lefts = a + matrix * n * k + rows[:, None] * k + depth[None, :]
+    rights = b + matrix * n * k + columns[:, None] * k + depth[None, :]
+    accumulator = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+    for start in range(0, k, BLOCK_K):
+        if EVEN:
+            left = tl.load(lefts)
+            right = tl.load(rights)
+        else:
+            inside = start + depth[None, :] < k
+            left = tl.load(lefts, mask=(rows[:, None] < n) & inside, other=0.0)
+            right = tl.load(rights, mask=(columns[:, None] < n) & inside, other=0.0)
+        accumulator = tl.dot(left, right.T, accumulator)
+        lefts += BLOCK_K
+        rights += BLOCK_K
+    accumulator = accumulator * alpha
+    mask = (rows[:, None] < n) & (columns[None, :] < n)
+    offsets = rows[:, None] * n + columns[None, :]
+    start_of_matrix = matrix * n * n
+    if ADD:
+        accumulator += beta * tl.load(addend + start_of_matrix + offsets, mask=mask, other=0.0).to(tl.float32)
+        accumulator = tl.where(rows[:, None] == columns[None, :], accumulator + diagonal, accumulator)
+    result = accumulator.to(out.dtype.element_ty)
+    tl.store(out + start_of_matrix + offsets, result, mask=mask)
+    if row != column:
+        mirrored = columns[:, None] * n + rows[None, :]
+        mask = (columns[:, None] < n) & (rows[None, :] < n)
+        tl.store(out + start_of_matrix + mirrored, result.T, mask=mask)
+
+
+BLOCK, BLOCK_K = 128, 64
+
+
+def _launch_product(a: Tensor, b: Tensor, addend: Tensor | None, alpha: float, beta: float, diagonal: float) -> Tensor:
+    matrices, n, k = a.shape
+    out = torch.empty((matrices, n, n), dtype=a.dtype, device=a.device)
+    blocks = triton.cdiv(n, BLOCK)
+    _symmetric_product_kernel[(blocks * (blocks + 1) // 2, matrices)](
+        a,
+        b,
+        a if addend is None else addend,
+        out,
+        n,
+        k,
+        alpha,
+        beta,
+        diagonal,
+        ADD=addend is not None,
+        EVEN=n % BLOCK == 0 and k % BLOCK_K == 0,
+        BLOCK=BLOCK,
+        BLOCK_K=BLOCK_K,
+        num_stages=3,
+        num_warps=4,
+    )
+    return out
+
+
+def symmetric_product(a: Tensor, b: Tensor) -> Tensor:
+    """A B' for half-precision contiguous (matrices, n, k) stacks whose product is known to be symmetric."""
+    return _launch_product(a, b, None, 1.0, 0.0, 0.0)
+
+
+def polynomial(gram: Tensor, a: float, b: float, c: float) -> Tensor:
+    """aI + bA + cA^2 of a symmetric contiguous stack A (matrices, n, n)."""
+    return _launch_product(gram, gram, gram, c, b, a)
+
+
+@triton.jit
+def _momentum_kernel(
+    table,
+    settings,
+    x,
+    maxima,
+    squares,
+    rows,
+    columns,
+    first,
+    NESTEROV: tl.constexpr,
+    TALL: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """m <- mu m + (1 - mu) g; writes the update in bfloat16 with rows <= columns, and each tile's largest entry and scaled sum of squares."""
+    matrix = first + tl.program_id(1)
+    tile = tl.program_id(0)
+    # Neighbouring programs read neighbouring memory of the parameter.
+    if TALL:
+        tile_rows = tl.cdiv(rows, TILE)
+        row = tile % tile_rows * TILE + tl.arange(0, TILE)
+        column = tile // tile_rows * TILE + tl.arange(0, TILE)
+    else:
+        tile_columns = tl.cdiv(columns, TILE)
+        row = tile // tile_columns * TILE + tl.arange(0, TILE)
+        column = tile % tile_columns * TILE + tl.arange(0, TILE)
+    gradients = _pointer(table, matrix * 5, GRADIENT, ALIGNED)
+    momenta = _pointer(table, matrix * 5 + 1, tl.float32, ALIGNED)
+    stride = tl.load(table + matrix * 5 + 3)
+    if ALIGNED:
+        stride = tl.multiple_of(stride, 8)
+    mu = tl.load(settings + 2)
+    if TALL:
+        offsets = column[:, None].to(tl.int64) * stride + row[None, :]
+        mask = (column[:, None] < columns) & (row[None, :] < rows)
+    else:
+        offsets = row[:, None].to(tl.int64) * stride + column[None, :]
+        mask = (row[:, None] < rows) & (column[None, :] < columns)
+    g = tl.load(gradients + offsets, mask=mask, other=0.0).to(tl.float32)
+    m = tl.load(momenta + offsets, mask=mask, other=0.0)
+    m = m + (1.0 - mu) * (g - m)
+    tl.store(momenta + offsets, m, mask=mask)
+    u = m
+    if NESTEROV:
+        u = g + mu * (m - g)
+    largest = tl.max(tl.max(tl.abs(u), axis=1), axis=0)
+    scaled = u / tl.where(largest > 0, largest, 1.0)
+    position = matrix * tl.num_programs(0) + tile
+    tl.store(maxima + position, largest)
+    tl.store(squares + position, tl.sum(tl.sum(scaled * scaled, axis=1), axis=0))
+    half = u.to(tl.bfloat16)
+    if TALL:
+        half = tl.trans(half)
+    mask = (row[:, None] < rows) & (column[None, :] < columns)
+    target = matrix.to(tl.int64) * rows * columns + row[:, None] * columns + column[None, :]
+    tl.store(x + target, half, mask=mask)
+
+
+@triton.jit
+def _norm_kernel(maxima, squares, inverse, tiles, safety, BLOCK: tl.constexpr):
+    """One over (safety times the Frobenius norm) of each matrix from its tiles; 0 for a matrix of zeros."""
+    matrix = tl.program_id(0)
+    offsets = tl.arange(0, BLOCK)
+    mask = offsets < tiles
+    largest = tl.load(maxima + matrix * tiles + offsets, mask=mask, other=0.0)
+    total = tl.load(squares + matrix * tiles + offsets, mask=mask, other=0.0)
+    top = tl.max(largest, axis=0)
+    ratio = largest / tl.where(top > 0, top, 1.0)
+    norm = tl.sqrt(tl.sum(total * ratio * ratio, axis=0))
+    tl.store(
+        inverse + matrix,
+        tl.where(top > 0, 1.0 / (tl.where(top > 0, norm, 1.0) * safety * tl.where(top > 0, top, 1.0)), 0.0),
+    )
+
+
+@triton.jit
+def _normalize_kernel(x, out, inverse, elements, BLOCK: tl.constexpr):
+    matrix = tl.program_id(1)
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < elements
+    start = matrix.to(tl.int64) * elements
+    value = tl.load(x + start + offsets, mask=mask).to(tl.float32) * tl.load(inverse + matrix)
+    tl.store(out + start + offsets, value.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _apply_kernel(
+    table,
+    settings,
+    scales,
+    factors,
+    o,
+    rows,
+    columns,
+    first,
+    TALL: tl.constexpr,
+    PARAMETER: tl.constexpr,
+    CAUTIOUS: tl.constexpr,
+    FACTORS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """W <- (1 - lr wd) W - lr S O, where O is stored with rows <= columns; FACTORS is the dimension of O that `factors` multiply, or -1."""
+    matrix = first + tl.program_id(1)
+    tile = tl.program_id(0)
+    tile_columns = tl.cdiv(columns, TILE)
+    row = tile // tile_columns * TILE + tl.arange(0, TILE)
+    column = tile % tile_columns * TILE + tl.arange(0, TILE)
+    mask = (row[:, None] < rows) & (column[None, :] < columns)
+    source = matrix.to(tl.int64) * rows * columns + row[:, None] * columns + column[None, :]
+    update = tl.load(o + source, mask=mask, other=0.0).to(tl.float32) * tl.load(scales + matrix)
+    if FACTORS == 0:
+        update *= tl.load(factors + (matrix - first) * rows + row, mask=row < rows, other=0.0)[:, None]
+    if FACTORS == 1:
+        update *= tl.load(factors + (matrix - first) * columns + column, mask=column < columns, other=0.0)[None, :]
+    parameters = _pointer(table, matrix * 5 + 2, PARAMETER, ALIGNED)
+    stride = tl.load(table + matrix * 5 + 3)
+    if ALIGNED:
+        stride = tl.multiple_of(stride, 8)
+    if TALL:
+        update = tl.trans(update)
+        offsets = column[:, None].to(tl.int64) * stride + row[None, :]
+        mask = tl.trans(mask)
+    else:
+        offsets = row[:, None].to(tl.int64) * stride + column[None, :]
+    lr = tl.load(settings)
+    decay = lr * tl.load(settings + 1)
+    w = tl.load(parameters + offsets, mask=mask, other=0.0).to(tl.float32)
+    decayed = w - decay * w
+    if CAUTIOUS:
+        decayed = tl.where(update * w >= 0, decayed, w)
+    tl.store(parameters + offsets, (decayed - lr * update).to(PARAMETER), mask=mask)
+
+
+@triton.jit
+def _adamw_kernel(
+    table,
+    owners,
+    settings,
+    corrections,
+    MASKED: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    PARAMETER: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """AdamW on one chunk of one parameter; `owners` holds the parameter and the chunk's start of every program."""
+    program = tl.program_id(0)
+    owner = tl.load(owners + program * 2)
+    start = tl.multiple_of(tl.load(owners + program * 2 + 1), BLOCK)
+    row = table + owner * 6
+    offsets = start + tl.arange(0, BLOCK)
+    lr = tl.load(settings)
+    decay = tl.load(settings + 1)
+    beta1 = tl.load(settings + 2)
+    beta2 = tl.load(settings + 3)
+    eps = tl.load(settings + 4)
+    gradients = _pointer(row, 0, GRADIENT, ALIGNED) + offsets
+    parameters = _pointer(row, 1, PARAMETER, ALIGNED) + offsets
+    first_moments = _pointer(row, 2, tl.float32, ALIGNED) + offsets
+    second_moments = _pointer(row, 3, tl.float32, ALIGNED) + offsets
+    correction1 = tl.load(corrections + owner * 2)
+    correction2 = tl.load(corrections + owner * 2 + 1)
+    # A mask of a length that is only known here forbids wide loads, so whole chunks have none.
+    mask = offsets < tl.load(row + 5) if MASKED else None
+    g = tl.load(gradients, mask=mask).to(tl.float32)
+    w = tl.load(parameters, mask=mask).to(tl.float32)
+    m = tl.load(first_moments, mask=mask)
+    v = tl.load(second_moments, mask=mask)
+    m = m + (1.0 - beta1) * (g - m)
+    v = beta2 * v + (1.0 - beta2) * g * g
+    tl.store(first_moments, m, mask=mask)
+    tl.store(second_moments, v, mask=mask)
+    w = w - lr * decay * w
+    w = w - lr / correction1 * m / (tl.sqrt(v) / correction2 + eps)
+    tl.store(parameters, w.to(PARAMETER), mask=mask)
+
+
+@triton.jit
+def _advance_kernel(table, settings, corrections, parameters, BLOCK: tl.constexpr):
+    """Adds 1 to the step t of every parameter of the table; writes 1 - beta1^t and sqrt(1 - beta2^t), computed in double precision."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < parameters
+    steps = tl.load(table + index * 6 + 4, mask=mask, other=0).to(tl.pointer_type(tl.float32))
+    step = tl.load(steps, mask=mask, other=0.0) + 1.0
+    tl.store(steps, step, mask=mask)
+    log1 = tl.log(tl.load(settings + 2).to(tl.float64))
+    log2 = tl.log(tl.load(settings + 3).to(tl.float64))
+    correction1 = 1.0 - tl.exp(step.to(tl.float64) * log1)
+    correction2 = tl.sqrt(1.0 - tl.exp(step.to(tl.float64) * log2))
+    tl.store(corrections + index * 2, correction1.to(tl.float32), mask=mask)
+    tl.store(corrections + index * 2 + 1, correction2.to(tl.float32), mask=mask)
+
+
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def advance_momentum(
+    table: Tensor,
+    settings: Tensor,
+    parts: Sequence[tuple[int, int, bool]],
+    *,
+    count: int,
+    rows: int,
+    columns: int,
+    nesterov: bool,
+    gradient_dtype: torch.dtype,
+    aligned: bool,
+    safety: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Advances the momenta of a table of matrices; returns the normalised updates (count, rows <= columns) in the half-precision ``dtype``."""
+    device = table.device
+    x = torch.empty((count, rows, columns), dtype=torch.bfloat16, device=device)
+    tiles = triton.cdiv(rows, TILE) * triton.cdiv(columns, TILE)
+    maxima, squares = torch.empty((2, count, tiles), dtype=torch.float32, device=device).unbind()
+    for first, number, tall in parts:
+        _momentum_kernel[(tiles, number)](
+            table,
+            settings,
+            x,
+            maxima,
+            squares,
+            rows,
+            columns,
+            first,
+            NESTEROV=nesterov,
+            TALL=tall,
+            GRADIENT=DTYPES[gradient_dtype],
+            ALIGNED=aligned,
+            TILE=TILE,
+        )
+    inverse = torch.empty(count, dtype=torch.float32, device=device)
+    _norm_kernel[(count,)](maxima, squares, inverse, tiles, safety, BLOCK=triton.next_power_of_2(tiles))
+    normalized = x.view(dtype)
+    elements = rows * columns
+    _normalize_kernel[(triton.cdiv(elements, VECTOR_BLOCK), count)](
+        x, normalized, inverse, elements, BLOCK=VECTOR_BLOCK
+    )
+    return normalized
+
+
+def apply_updates(
+    table: Tensor,
+    settings: Tensor,
+    scales: Tensor,
+    factors: Tensor | None,
+    o: Tensor,
+    *,
+    first: int,
+    number: int,
+    tall: bool,
+    factor_dim: int,
+    parameter_dtype: torch.dtype,
+    cautious: bool,
+    aligned: bool,
+) -> None:
+    """Decays the matrices ``first`` to ``first + number`` of a table and subtracts their scaled updates; ``factors`` (number, neurons)."""
+    _, rows, columns = o.shape
+    tiles = triton.cdiv(rows, TILE) * triton.cdiv(columns, TILE)
+    _apply_kernel[(tiles, number)](
+        table,
+        settings,
+        scales,
+        scales if factors is None else factors,
+        o,
+        rows,
+        columns,
+        first,
+        TALL=tall,
+        PARAMETER=DTYPES[parameter_dtype],
+        CAUTIOUS=cautious,
+        FACTORS=factor_dim,
+        ALIGNED=aligned,
+        TILE=TILE,
+    )
+
+
+def adamw(
+    table: Tensor,
+    whole_chunks: Tensor,
+    last_chunks: Tensor,
+    settings: Tensor,
+    *,
+    gradient_dtype: torch.dtype,
+    parameter_dtype: torch.dtype,
+    aligned: bool,
+) -> None:
+    """One AdamW update of every parameter of the table, its step included."""
+    corrections = torch.empty((len(table), 2), dtype=torch.float32, device=table.device)
+    _advance_kernel[(triton.cdiv(len(table), 128),)](table, settings, corrections, len(table), BLOCK=128)
+    for chunks, masked in ((whole_chunks, False), (last_chunks, True)):
+        if len(chunks):
+            _adamw_kernel[(len(chunks),)](
+                table,
+                chunks,
+                settings,
+                corrections,
+                MASKED=masked,
+                GRADIENT=DTYPES[gradient_dtype],
+                PARAMETER=DTYPES[parameter_dtype],
+                ALIGNED=aligned,
+                BLOCK=VECTOR_BLOCK,
+            )
