@@ -2,12 +2,13 @@
 
 One row ``(a, b, c)`` is one step of ``X <- aX + b(XX')X + c(XX')^2 X``.
 
-Notable: a variant's safety factor divides the normalised input, so that rounding cannot push a singular value past the interval in which the
-iteration converges. ``polar-express-8`` is published without it: its rows are scaled to (a / s, b / s^3, c / s^5) here, all but the last.
+Notable: a variant's safety factor divides the normalised input, so that rounding cannot push a singular value past the interval in which
+the iteration converges. ``polar-express-8`` is published without it: its rows are scaled to (a / s, b / s^3, c / s^5) here, all but the
+last.
 
-Sources: ``jordan`` is Keller Jordan's Muon (https://kellerjordan.github.io/posts/muon/), also torch.optim.Muon's default; ``polar-express`` and
-``polar-express-8`` are Amsel, Persson, Musco and Gower, "The Polar Express", arXiv:2505.16932 (safety 2e-2, cushion 2; and the table of the
-paper's reference implementation with safety 1e-2); ``you`` is Jiacheng You's schedule
+Sources: ``jordan`` is Keller Jordan's Muon (https://kellerjordan.github.io/posts/muon/), also torch.optim.Muon's default;
+``polar-express`` and ``polar-express-8`` are Amsel, Persson, Musco and Gower, "The Polar Express", arXiv:2505.16932 (safety 2e-2, cushion
+2; and the table of the paper's reference implementation with safety 1e-2); ``you`` is Jiacheng You's schedule
 (https://x.com/YouJiacheng/status/1905861218138804534).
 """
 
@@ -92,7 +93,7 @@ def variant(name: str) -> Variant:
 def iteration(
     name: str, *, ns_steps: int | None = None, ns_coefficients: tuple[float, float, float] | None = None
 ) -> Variant:
-    """The iteration of a parameter group: ``ns_coefficients`` repeated (5 times unless ``ns_steps`` says otherwise), else the variant ``name``."""
+    """The iteration of a group: ``ns_coefficients`` repeated (5 times unless ``ns_steps`` says otherwise), else the variant ``name``."""
     if ns_coefficients is None:
         return variant(name).steps(ns_steps)
     if len(ns_coefficients) != 3:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from anarcho_optim.coefficients import iteration
@@ -16,6 +17,12 @@ from anarcho_optim.config import NS_DTYPES, OptimConfig
 from anarcho_optim.scaling import shape_scale
 
 ALGORITHMS = ("muon", "adamw")
+
+BOOKKEEPING_KEYS = (
+    *("name", "params", "param_names"),
+    *("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"),
+)
+"""Keys of a group besides its options: what it holds, and what schedulers of a previous optimizer may have left there."""
 
 
 def muon_options(config: OptimConfig) -> dict[str, Any]:
@@ -54,6 +61,15 @@ def adamw_options(config: OptimConfig, *, lr: float | None = None, weight_decay:
         "betas": (config.beta1, config.beta2),
         "eps": config.eps,
     }
+
+
+def check_keys(group: Mapping[str, Any], *, where: str) -> None:
+    """Raises ValueError that names a key of a new group which neither half nor a learning-rate scheduler knows."""
+    known = {*muon_options(OptimConfig()), *adamw_options(OptimConfig()), *BOOKKEEPING_KEYS}
+    for key in group:
+        if key not in known:
+            nearest = get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"{where} has the unknown key {key!r}; expected an option of a group: is it {nearest!r}?")
 
 
 def check_options(options: Mapping[str, Any], *, where: str) -> None:
@@ -126,7 +142,7 @@ class Blocks:
 
 
 def blocks(shape: Sequence[int], options: Mapping[str, Any], *, where: str) -> Blocks:
-    """The matrices that a Muon parameter of ``shape`` consists of; raises ValueError that starts with ``where``, which names the parameter."""
+    """The matrices that a Muon parameter of ``shape`` consists of; raises ValueError that starts with ``where``, the parameter's name."""
     shape = tuple(shape)
     if len(shape) < 2:
         raise ValueError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 ADJUST_LR_FNS = ("original", "match_rms_adamw", "spectral")
-"""The names of the scales; the first two are torch.optim.Muon's."""
+"""The names of the scales; the first two are torch.optim.Muon's, whose ``spectral_unclamped`` is another name of the third."""
 
 
 def shape_scale(name: str | None, rows: int, columns: int) -> float:
@@ -22,6 +22,6 @@ def shape_scale(name: str | None, rows: int, columns: int) -> float:
             return math.sqrt(max(1.0, rows / columns))
         case "match_rms_adamw":
             return 0.2 * math.sqrt(max(rows, columns))
-        case "spectral":
+        case "spectral" | "spectral_unclamped":
             return math.sqrt(rows / columns)
     raise ValueError(f"adjust_lr_fn is {name!r}; expected one of {', '.join(ADJUST_LR_FNS)}")

@@ -1,7 +1,7 @@
 """The PyTorch half: Muon for matrices and AdamW for the rest, on CPU, MPS and CUDA, alone, under DDP and under FSDP2.
 
-`newton_schulz` and `update` hold the mathematics, `routing` decides which parameter goes where, `optimizers` holds the classes; `matrices` and
-`distributed` carry whole matrices between ranks, `fused` and `kernels` are the CUDA path.
+`newton_schulz` and `update` hold the mathematics, `routing` decides which parameter goes where, `optimizers` holds the classes and `state`
+what they keep; `matrices` and `distributed` carry whole matrices between ranks, `fused` and `kernels` are the CUDA path.
 """
 
 from anarcho_optim.groups import ParamGroups

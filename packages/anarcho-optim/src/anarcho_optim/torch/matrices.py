@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from anarcho_optim.groups import Blocks
 from anarcho_optim.torch.update import (
@@ -24,6 +23,9 @@ from anarcho_optim.torch.update import (
     scaled_updates,
     split_blocks,
 )
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,15 @@ def layout(tensor: Tensor) -> Hashable:
     return (part.device_mesh, part.placements) if is_dtensor(tensor) else None
 
 
+def num_owners(tensor: Tensor) -> int:
+    """Number of ranks among which whole matrices like ``tensor`` are shared out by `ShardExchange`; 1 where they are not."""
+    if not is_dtensor(tensor):
+        return 1
+    from anarcho_optim.torch.distributed import is_sharded
+
+    return tensor.device_mesh.size() if is_sharded(tensor) else 1
+
+
 def local_gradient(parameter: Tensor) -> Tensor:
     """The gradient's local part, placed like the parameter."""
     gradient: Any = parameter.grad
@@ -75,8 +86,13 @@ def zeros_beside(parameter: Tensor, shape: Sequence[int]) -> Tensor:
     return zeros(*shape, dtype=torch.float32, device_mesh=like.device_mesh, placements=extra_placements(like, shape))
 
 
-def update_matrices(batch: Sequence[Matrix], options: Options, *, process_group: ProcessGroup | None) -> None:
-    """One Muon step of parameters that share shape, dtype, device and placement."""
+def update_matrices(
+    batch: Sequence[Matrix], options: Options, *, process_group: ProcessGroup | None, first: int = 0
+) -> None:
+    """One Muon step of parameters that share shape, dtype, device and placement.
+
+    Where ranks share the work, ``first`` says on which of them one matrix more falls, as in `distributed.owner_shares`.
+    """
     updates = advance_momentum(
         [local(m.state["momentum"]) for m in batch],
         [m.gradient for m in batch],
@@ -84,9 +100,9 @@ def update_matrices(batch: Sequence[Matrix], options: Options, *, process_group:
         nesterov=options["nesterov"],
     )
     if is_dtensor(batch[0].parameter):
-        results = _of_dtensors(batch, updates, options)
+        results = _of_dtensors(batch, updates, options, first)
     else:
-        results = _of_tensors(batch, updates, options, process_group)
+        results = _of_tensors(batch, updates, options, process_group, first)
     apply_updates(
         [local(m.parameter) for m in batch],
         results,
@@ -113,13 +129,14 @@ def _moments(batch: Sequence[Matrix], options: Options) -> list[Tensor]:
 
 
 def _of_tensors(
-    batch: Sequence[Matrix], updates: Tensor, options: Options, process_group: ProcessGroup | None
+    batch: Sequence[Matrix], updates: Tensor, options: Options, process_group: ProcessGroup | None, first: int
 ) -> Sequence[Tensor]:
     cut = batch[0].blocks
-    if process_group is None:
-        pieces = orthogonal_blocks(updates, cut, options)
-    else:
-        pieces = _shared_out(updates, cut, options, process_group)
+    pieces = (
+        orthogonal_blocks(updates, cut, options)
+        if process_group is None
+        else _shared_out(updates, cut, options, process_group, first)
+    )
     moments = _moments(batch, options)
     new = _scale(pieces, updates, cut, options, moments)
     if new:
@@ -127,22 +144,23 @@ def _of_tensors(
     return updates.unbind()
 
 
-def _shared_out(updates: Tensor, cut: Blocks, options: Options, process_group: ProcessGroup) -> list[Tensor]:
+def _shared_out(
+    updates: Tensor, cut: Blocks, options: Options, process_group: ProcessGroup, first: int
+) -> list[Tensor]:
     """The orthogonalised blocks of replicated updates, each rank having computed its share."""
     from anarcho_optim.torch.distributed import OwnedShares
 
     count, shape = len(updates), (cut.count, cut.rows, cut.columns)
-    shares = OwnedShares(process_group, count=count, shape=shape)
+    shares = OwnedShares(process_group, count=count, shape=shape, first=first)
     owned = updates[shares.owned.start : shares.owned.stop]
     mine = join_blocks(orthogonal_blocks(owned, cut, options), cut).float().view(-1, *shape)
     return split_blocks(shares.all_gather(mine), cut)
 
 
-def _of_dtensors(batch: Sequence[Matrix], updates: Tensor, options: Options) -> Sequence[Tensor]:
+def _of_dtensors(batch: Sequence[Matrix], updates: Tensor, options: Options, first: int) -> Sequence[Tensor]:
     from anarcho_optim.torch import distributed
 
-    first: Any = batch[0].parameter
-    match distributed.kind(first):
+    match distributed.kind(batch[0].parameter):
         case "plain":
             states = [local(moment) for moment in _moments(batch, options)]
             new = _scale(
@@ -152,18 +170,18 @@ def _of_dtensors(batch: Sequence[Matrix], updates: Tensor, options: Options) -> 
                 torch._foreach_copy_(states, new)
             return updates.unbind()
         case "sharded":
-            return _at_owners(batch, updates, options)
+            return _at_owners(batch, updates, options, first)
         case _:
             return _everywhere(batch, updates, options)
 
 
-def _at_owners(batch: Sequence[Matrix], updates: Tensor, options: Options) -> Sequence[Tensor]:
+def _at_owners(batch: Sequence[Matrix], updates: Tensor, options: Options, first: int) -> Sequence[Tensor]:
     """Whole matrices at their owners: one collective to bring them there, one to bring the updates back."""
     from anarcho_optim.torch.distributed import ShardExchange
 
     like: Any = batch[0].parameter
     cut, moments = batch[0].blocks, _moments(batch, options)
-    exchange = ShardExchange(like, len(batch), extra_shape=moments[0].shape if moments else None)
+    exchange = ShardExchange(like, len(batch), extra_shape=moments[0].shape if moments else None, first=first)
     extras = [local(moment) for moment in moments] or None
     wholes, whole_extras = exchange.gather(list(updates.unbind()), extras)
     pieces = orthogonal_blocks(wholes, cut, options)

@@ -2,11 +2,11 @@
 
 Notable:
 
-* One step is ``X <- P X`` with the symmetric ``P = aI + bA + cA^2``, ``A = XX'``: the identity is folded into P, so that a step is three plain
-  products, which batched matrix multiplication does faster than products with an addend.
+* One step is ``X <- P X`` with the symmetric ``P = aI + bA + cA^2``, ``A = XX'``: the identity is folded into P, so that a step is three
+  plain products, which batched matrix multiplication does faster than products with an addend.
 * For matrices much longer than wide, several steps are composed on the small Gram matrix before the long matrix is touched again: with
-  R = A, each step needs P(R), the next R is P R P, and the product of the Ps is applied once (`segments`). Rounding in R is amplified by the
-  early coefficients, so a segment is two steps at most, but in float16, whose eleven bits carry all steps with one restart.
+  R = A, each step needs P(R), the next R is P R P, and the product of the Ps is applied once (`segments`). Rounding in R is amplified by
+  the coefficients, so a segment is two steps at most, three in float16 after the first two, whose coefficients are the largest.
 * Products of polynomials in one matrix are symmetric: where a kernel computes half of such a product, it is passed in as `Products`.
 
 Sources: Keller Jordan's Muon (https://kellerjordan.github.io/posts/muon/); Amsel et al., "The Polar Express", arXiv:2505.16932, which also
@@ -82,10 +82,12 @@ def segments(steps: int, *, rows: int, columns: int, dtype: torch.dtype) -> list
     """Lengths of the runs of steps that are composed on the Gram matrix of a (rows <= columns) matrix; 1 is a direct step."""
     if columns <= LONG * rows:
         return [1] * steps
-    if dtype == torch.float16:
-        return [min(2, steps), *([steps - 2] if steps > 2 else [])]
-    first = [1] if steps % 2 else []
-    return first + [2] * (steps // 2)
+    if dtype != torch.float16:
+        return [1] * (steps % 2) + [2] * (steps // 2)
+    lengths = [min(2, steps)]
+    while sum(lengths) < steps:
+        lengths.append(min(3, steps - sum(lengths)))
+    return lengths
 
 
 def _composed(x: Tensor, coefficients: Coefficients, products: Products) -> Tensor:
@@ -102,7 +104,7 @@ def _composed(x: Tensor, coefficients: Coefficients, products: Products) -> Tens
 
 
 def iterate(x: Tensor, variant: Variant, *, products: Products = PLAIN) -> Tensor:
-    """All steps on a normalised stack (matrices, rows, columns) with rows <= columns; the result has its dtype, and ``x`` is overwritten."""
+    """All steps on a normalised stack (matrices, rows, columns) with rows <= columns, in its dtype; ``x`` is overwritten."""
     spare, start = torch.empty_like(x), 0
     for length in segments(len(variant.coefficients), rows=x.shape[-2], columns=x.shape[-1], dtype=x.dtype):
         composed = _composed(x, variant.coefficients[start : start + length], products)

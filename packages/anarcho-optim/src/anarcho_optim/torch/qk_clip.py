@@ -13,9 +13,10 @@ from torch import Tensor
 def qk_clip(query: Tensor, key: Tensor, *, max_logits: Tensor, threshold: float = 100.0) -> None:
     """Multiplies the rows of each head of ``query`` and ``key`` in place, so that no logit of the last batch would exceed ``threshold``.
 
-    ``query`` is (heads x head_dim, dim), ``key`` (key heads x head_dim, dim), ``max_logits`` (heads,): the largest pre-softmax logit of each
-    head. With gamma = min(1, threshold / max_logit), query and key of a head take sqrt(gamma) each. Where several query heads share a key head,
-    the key takes the root of the smallest gamma among them and each query what is left of its own. Raises ValueError for sizes that do not fit.
+    ``query`` is (heads x head_dim, dim), ``key`` (key heads x head_dim, dim), ``max_logits`` (heads,): the largest pre-softmax logit of
+    each head. With gamma = min(1, threshold / max_logit), query and key of a head take sqrt(gamma) each. Where several query heads share a
+    key head, the key takes the root of the smallest gamma among them and each query what is left of its own. Raises ValueError for sizes
+    that do not fit.
     """
     heads = max_logits.numel()
     if not threshold > 0:

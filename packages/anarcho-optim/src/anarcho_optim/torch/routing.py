@@ -1,13 +1,14 @@
 """Routing: which parameter of a model goes to which half of the optimizer, by module type and identity, never by name.
 
-Notable: a parameter that an embedding owns is an embedding under every other name, so tied heads and aliases never reach Muon; matrices of one
-row or column, depthwise convolutions included, have nothing to orthogonalise and go to AdamW.
+Notable: a parameter that an embedding owns is an embedding under every other name, so tied heads and aliases never reach Muon; matrices
+of one row or column and depthwise convolutions, whose channels are filters of their own, have nothing to orthogonalise and go to AdamW.
+What a parametrization makes a module's weight from counts as that weight. Names are the model's own, whatever wraps it or its parts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from fnmatch import fnmatch
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -22,17 +23,46 @@ Named = tuple[str, Tensor]
 EMBEDDING_MODULES = (nn.Embedding, nn.EmbeddingBag)
 
 
-def _embedding_tables(model: nn.Module) -> list[Tensor]:
-    """Tables of embeddings, which whatever is tied to them shares."""
-    return [p for m in model.modules() if isinstance(m, EMBEDDING_MODULES) for p in m.parameters(recurse=False)]
+WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+"""The attributes under which torch.compile, activation checkpointing and FSDP keep what they wrap."""
 
 
-def _output_heads(model: nn.Module, tables: list[Tensor]) -> Iterator[Tensor]:
-    """Weights of linear layers from an embedding's width to its vocabulary; tied ones are among ``tables`` themselves."""
-    vocabularies = {tuple(p.shape) for p in tables}
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile, DataParallel and DistributedDataParallel."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without the parts that wrappers of its modules add."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def _roles(model: nn.Module) -> dict[int, str]:
+    """What the type of its module says about a parameter, by the parameter's id; parameters of other modules are not listed."""
+    embeddings = [m for m in model.modules() if isinstance(m, EMBEDDING_MODULES)]
+    vocabularies = {(m.num_embeddings, m.embedding_dim) for m in embeddings}
+    roles: dict[int, str] = {}
     for module in model.modules():
-        if isinstance(module, nn.Linear) and (module.out_features, module.in_features) in vocabularies:
-            yield module.weight
+        if isinstance(module, _ConvNd):
+            depthwise = module.groups > 1 and module.groups == module.in_channels
+            roles |= _role_of_weights(module, "small matrices" if depthwise else "convolutions")
+        elif isinstance(module, nn.Linear) and (module.out_features, module.in_features) in vocabularies:
+            roles |= _role_of_weights(module, "heads")
+    # Last, because an embedding stays one wherever else its table is used.
+    for module in embeddings:
+        roles |= _role_of_weights(module, "embeddings")
+    return roles
+
+
+def _role_of_weights(module: nn.Module, role: str) -> dict[int, str]:
+    """``role`` for a module's weight and for what a parametrization, a module below it, computes it from; not for the bias."""
+    return {id(p): role for p in module.parameters() if p.ndim >= 2}
 
 
 def check_parameter(name: str, parameter: Tensor) -> None:
@@ -45,24 +75,35 @@ def check_parameter(name: str, parameter: Tensor) -> None:
         raise ValueError(f"parameter {name} has layout {parameter.layout}; expected a dense parameter, or freeze it")
 
 
-def _kind(name: str, parameter: Tensor, *, embeddings: set[int], heads: set[int], convolutions: set[int]) -> str:
+def _kind(name: str, parameter: Tensor, role: str | None) -> str:
+    """The group of a parameter whose module gives it ``role``."""
     check_parameter(name, parameter)
-    if id(parameter) in embeddings:
-        return "embeddings"
-    if id(parameter) in heads:
-        return "heads"
+    if role in ("embeddings", "heads", "small matrices"):
+        return role
     if parameter.ndim < 2:
         return "gains and biases"
-    rows, columns = parameter.shape[0], parameter.numel() // max(1, parameter.shape[0])
-    if id(parameter) in convolutions or parameter.ndim == 2:
-        depthwise = parameter.ndim > 2 and parameter.shape[1] == 1
-        if min(rows, columns) <= 1 or depthwise:
-            return "small matrices"
-        return "matrices" if parameter.ndim == 2 else "convolutions"
-    raise ValueError(
-        f"parameter {name} has shape {tuple(parameter.shape)} and is no convolution's; expected at most two dimensions: "
-        "give it to a group of its own, with algorithm 'adamw', or 'muon' and flatten=True or flatten=False"
-    )
+    if parameter.ndim > 2 and role != "convolutions":
+        raise ValueError(
+            f"parameter {name} has shape {tuple(parameter.shape)} and is no convolution's; expected at most two dimensions: "
+            "give it to a group of its own, with algorithm 'adamw', or 'muon' and flatten=True or flatten=False"
+        )
+    rows = parameter.shape[0]
+    if min(rows, parameter.numel() // max(1, rows)) <= 1:
+        return "small matrices"
+    return "convolutions" if parameter.ndim > 2 else "matrices"
+
+
+def _options(config: OptimConfig) -> dict[str, dict[str, Any]]:
+    """The keys of each group by its name."""
+    matrices, decay = muon_options(config), config.adamw_weight_decay
+    return {
+        "matrices": matrices,
+        "convolutions": matrices | {"flatten": True},
+        "embeddings": adamw_options(config, lr=config.embedding_lr, weight_decay=decay),
+        "heads": adamw_options(config, weight_decay=decay),
+        "small matrices": adamw_options(config, weight_decay=decay),
+        "gains and biases": adamw_options(config),
+    }
 
 
 def _settings_of(
@@ -70,18 +111,17 @@ def _settings_of(
 ) -> tuple[str, dict[str, Any]]:
     """The suffix of the group's name and its keys for a matrix that a pattern of either mapping matches."""
     for pattern, sizes in split_sizes.items():
-        if fnmatch(name, pattern):
+        if fnmatchcase(name, pattern):
             return f" split {'+'.join(map(str, sizes))}", {"split_sizes": tuple(sizes)}
     for pattern, heads in num_heads.items():
-        if fnmatch(name, pattern):
+        if fnmatchcase(name, pattern):
             return f" by {heads} heads", {"num_heads": heads}
     return "", {}
 
 
-def _check_patterns(patterns: Iterable[str], names: Iterable[str]) -> None:
-    names = list(names)
+def _check_patterns(patterns: Iterable[str], names: list[str]) -> None:
     for pattern in patterns:
-        if not any(fnmatch(name, pattern) for name in names):
+        if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(
                 f"the pattern {pattern!r} matches none of the {len(names)} matrices; expected the name of a matrix, * allowed"
             )
@@ -96,43 +136,32 @@ def param_groups(
 ) -> ParamGroups:
     """Routes every trainable parameter of ``model`` to one half of the optimizer; frozen ones are left out.
 
-    Embeddings, everything tied to them, output heads, matrices of one row or column and every parameter with fewer than two dimensions go to
-    AdamW; other matrices and the weights of convolutions, flattened, go to Muon. ``split_sizes`` and ``num_heads`` say, by a pattern of
-    parameter names (``*`` allowed), which fused weights are orthogonalised in blocks of rows: ``{"*.qkv.weight": (768, 256, 256)}``,
-    ``{"*.q_proj.weight": 12}``.
+    Embeddings, everything tied to them, output heads, matrices of one row or column, depthwise convolutions and every parameter with fewer
+    than two dimensions go to AdamW; other matrices and the weights of convolutions go to Muon. Convolutions are flattened as they are
+    stored: one row per output channel, (out, in / groups x kernel); one per input channel, (in, out / groups x kernel), where transposed.
+    ``split_sizes`` and ``num_heads`` say, by a pattern of parameter names (``*`` allowed), which fused weights are orthogonalised in
+    blocks of rows: ``{"*.qkv.weight": (768, 256, 256)}``, ``{"*.q_proj.weight": 12}``. Names, in patterns and in the groups, are the
+    same whether or not ``model`` or a part of it is compiled, checkpointed or wrapped for data parallelism.
 
     Raises ValueError that names the parameter for one that fits neither half, and the pattern for one that matches no matrix.
     """
-    config = config or OptimConfig()
     split_sizes, num_heads = split_sizes or {}, num_heads or {}
-    tables = _embedding_tables(model)
-    ids = {
-        "embeddings": {id(p) for p in tables},
-        "heads": {id(p) for p in _output_heads(model, tables)},
-        "convolutions": {id(m.weight) for m in model.modules() if isinstance(m, _ConvNd)},
-    }
-    adamw_lr = config.lr if config.adamw_lr is None else config.adamw_lr
-    decay = config.adamw_weight_decay
-    options: dict[str, dict[str, Any]] = {
-        "matrices": muon_options(config),
-        "convolutions": muon_options(config) | {"flatten": True},
-        "embeddings": adamw_options(config, lr=config.embedding_lr or adamw_lr, weight_decay=decay),
-        "heads": adamw_options(config, weight_decay=decay),
-        "small matrices": adamw_options(config, weight_decay=decay),
-        "gains and biases": adamw_options(config),
-    }
+    options = _options(config or OptimConfig())
+    model = unwrapped(model)
+    roles = _roles(model)
     members: dict[str, list[Named]] = {}
-    for name, parameter in model.named_parameters():
+    muon_names: list[str] = []
+    for full_name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        kind = _kind(name, parameter, **ids)
-        if kind in ("matrices", "convolutions"):
+        name = plain_name(full_name)
+        kind = _kind(name, parameter, roles.get(id(parameter)))
+        if options[kind]["algorithm"] == "muon":
             suffix, settings = _settings_of(name, split_sizes, num_heads)
             group = options.setdefault(kind + suffix, options[kind] | settings)
             blocks(parameter.shape, group, where=f"parameter {name}")
+            muon_names.append(name)
             kind += suffix
         members.setdefault(kind, []).append((name, parameter))
-    muon_names = [name for kind, group in members.items() if "momentum" in options[kind] for name, _ in group]
     _check_patterns([*split_sizes, *num_heads], muon_names)
-    order = sorted(members, key=lambda kind: list(options).index(kind))
-    return ParamGroups({"name": kind, "params": members[kind], **options[kind]} for kind in order)
+    return ParamGroups({"name": kind, "params": members[kind], **options[kind]} for kind in options if kind in members)

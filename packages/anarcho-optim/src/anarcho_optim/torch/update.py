@@ -65,12 +65,10 @@ def normuon_factors(mean_sq: Tensor, neuron_mean_sq: Tensor, *, beta2: float) ->
     return inverse * ratio, running
 
 
-def _neuron_blocks(neurons: Tensor, blocks: Blocks) -> tuple[Tensor, ...]:
+def _neuron_blocks(neurons: Tensor, blocks: Blocks, axis: int) -> tuple[Tensor, ...]:
     """`neuron_mean_sq` (matrices, rows, blocks) or (matrices, blocks, columns) cut like the matrices themselves."""
-    length = (blocks.rows, blocks.columns)[blocks.split_dim]
-    dim = blocks.split_dim + 1
-    along_split = neurons.shape[dim] == length and (length != len(blocks.sizes) or set(blocks.sizes) == {1})
-    return neurons.split(blocks.sizes if along_split else 1, dim=dim)
+    kept = 0 if axis == -1 else 1
+    return neurons.split(blocks.sizes if kept == blocks.split_dim else 1, dim=blocks.split_dim + 1)
 
 
 def orthogonal_blocks(updates: Tensor, blocks: Blocks, options: Options) -> list[Tensor]:
@@ -80,6 +78,9 @@ def orthogonal_blocks(updates: Tensor, blocks: Blocks, options: Options) -> list
     results: dict[int, Tensor] = {}
     for shape in dict.fromkeys(blocks.shapes):
         indices = [i for i, other in enumerate(blocks.shapes) if other == shape]
+        if 0 in shape:
+            results.update((i, pieces[i]) for i in indices)
+            continue
         stack = pieces[indices[0]] if len(indices) == 1 else torch.cat([pieces[i] for i in indices])
         if options["row_equilibration"]:
             stack = equilibrate_rows(stack)
@@ -104,10 +105,13 @@ def join_blocks(pieces: Sequence[Tensor], blocks: Blocks) -> Tensor:
 def scaled_updates(
     pieces: Sequence[Tensor], out: Tensor, blocks: Blocks, options: Options, neuron_mean_sq: Tensor | None
 ) -> None:
-    """Writes S O into ``out`` (parameters, *shape) float32, with NorMuon where ``neuron_mean_sq`` (matrices, ., .) is given; updates that in place."""
+    """Writes S O into ``out`` (parameters, *shape) float32, with NorMuon where ``neuron_mean_sq`` (matrices, ., .) is given.
+
+    The running mean square is updated in place.
+    """
     targets = split_blocks(out, blocks)
-    neurons = None if neuron_mean_sq is None else _neuron_blocks(neuron_mean_sq, blocks)
     axis = options["normuon_axis"]
+    neurons = None if neuron_mean_sq is None else _neuron_blocks(neuron_mean_sq, blocks, axis)
     for index, (piece, target, shape) in enumerate(zip(pieces, targets, blocks.shapes, strict=True)):
         if target.numel() == 0:
             continue
