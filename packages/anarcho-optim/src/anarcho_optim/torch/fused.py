@@ -2,10 +2,10 @@
 
 Notable:
 
-* The parameters' addresses are one table in device memory, uploaded only when one of them changed; options that schedules change are another.
-  So nothing is stacked but the half-precision iterate, nothing recompiles, and a captured graph survives gradients that move.
+* The parameters' addresses are one table in device memory, uploaded only when one of them changed; what schedules change is another. So
+  nothing is stacked but the half-precision iterate, nothing recompiles, and a captured graph survives gradients that move.
 * All matrices of a shape, transposed or not, are one batch; its temporary memory is capped at `memory.CUDA_SCRATCH_BYTES`.
-* AdamW is bound by memory and runs on a second stream beside the matrix products.
+* Everything runs on one stream: what memory bounds, run beside the products on a second one, slowed these by as much as it saved.
 * What this path does not take (float32 iterations, DTensors, strided parameters, row equilibration) it leaves to the general one.
 """
 
@@ -123,23 +123,35 @@ class _VectorBatch:
 @dataclass(kw_only=True)
 class _Plan:
     parameters: list[Tensor]
-    states: list[tuple[Tensor, ...]]
-    """The state tensors of each parameter; the plan is built anew when one was replaced."""
+    state: State
+    kept: list[Tensor]
+    """The state tensors of ``entries``, kept alive so that their identities stay theirs."""
+    entries: list[dict[str, Tensor]]
     matrices: list[_MatrixBatch]
     vectors: list[_VectorBatch]
-    leftover: list[tuple[int, list[int]]]
-    """Group and indices of the parameters that the general path updates."""
+    leftover: list[tuple[int, list[Tensor]]]
+    """Group and parameters that the general path updates."""
     settings: Tensor
     addresses: list[int] = field(default_factory=list)
     values: tuple[float, ...] = ()
     graph: torch.cuda.CUDAGraph | None = None
     runs: int = 0
 
+    def __post_init__(self) -> None:
+        self._identities = [*map(id, self.kept)]
 
-def _static_options(group: Group) -> tuple[Any, ...]:
-    """Everything of a group that the plan depends on: all but what the table of settings holds."""
-    dynamic = {"params", "param_names", "lr", "weight_decay", "momentum", "betas", "eps", "initial_lr"}
-    return tuple((key, value) for key, value in group.items() if key not in dynamic)
+    def holds(self, state: State) -> bool:
+        """Whether the state tensors are still those that the plan was built for; loading or offloading replaces them."""
+        current = [id(value) for entry in self.entries for value in entry.values()]
+        return state is self.state and current == self._identities
+
+
+DYNAMIC = {"params", "param_names", "lr", "weight_decay", "momentum", "betas", "eps", "initial_lr"}
+"""Keys of a group that a plan does not depend on: names, and what the table of settings holds."""
+
+
+def _static_options(group: Group) -> list[tuple[str, Any]]:
+    return [item for item in group.items() if item[0] not in DYNAMIC]
 
 
 class FusedStep:
@@ -161,26 +173,31 @@ class FusedStep:
 
     def step(self, groups: Sequence[Group], state: State) -> list[Group]:
         """Updates what it can of the parameters with gradients; returns the groups with the rest."""
-        members = [[p for p in group["params"] if p.grad is not None] for group in groups]
-        rest = [group | {"params": ps} for group, ps in zip(groups, members, strict=True) if ps]
-        if not any(ps[0].is_cuda for ps in members if ps) or _kernels() is None:
-            return rest
+        parameters = [p for group in groups for p in group["params"]]
+        if not any(p.is_cuda for p in parameters) or _kernels() is None:
+            return [group | {"params": [p for p in group["params"] if p.grad is not None]} for group in groups]
+        # The device is idle until all of this is checked, hence the care for few and cheap calls.
+        gradients = [p.grad for p in parameters]
+        present = [g for g in gradients if g is not None]
         key = (
-            [(id(p), p.grad.dtype, p.grad.is_contiguous()) for ps in members for p in ps],
-            [_static_options(group) for group in groups],
+            list(map(id, parameters)),
+            [g is None for g in gradients],
+            [*map(Tensor.is_contiguous, present)],
+            [g.dtype for g in present],
+            [*map(_static_options, groups)],
         )
         plan = self._plan
-        if plan is None or key != self._key or not _holds(plan, state):
-            plan = self._plan = _build(groups, members, state)
+        if plan is None or key != self._key or not plan.holds(state):
+            plan = self._plan = _build(groups, state)
             self._key = key
         if plan.parameters:
             with torch.cuda.device(plan.settings.device):
                 self._upload(plan, groups, state)
                 self._run(plan)
-        return [groups[i] | {"params": [members[i][j] for j in indices]} for i, indices in plan.leftover]
+        return [groups[i] | {"params": rest} for i, rest in plan.leftover]
 
     def _upload(self, plan: _Plan, groups: Sequence[Group], state: State) -> None:
-        addresses = [address for p in plan.parameters for address in (p.data_ptr(), p.grad.data_ptr())]  # type: ignore[union-attr]
+        addresses = [*map(Tensor.data_ptr, plan.parameters), *(p.grad.data_ptr() for p in plan.parameters)]  # type: ignore[union-attr]
         if addresses != plan.addresses:
             _fill_tables(plan, state)
             plan.addresses = addresses
@@ -202,34 +219,11 @@ class FusedStep:
         plan.runs += 1
 
     def _launch(self, plan: _Plan) -> None:
-        current = torch.cuda.current_stream()
-        # Bound by memory, AdamW runs beside the products of the first batch, but after its momentum, which is bound by memory, too.
-        beside = _side_stream(plan.settings.device) if plan.matrices else current
-        first = _advance(plan.matrices[0], plan.settings) if plan.matrices else None
-        beside.wait_stream(current)
-        with torch.cuda.stream(beside):
-            for vectors in plan.vectors:
-                _update_vectors(vectors, plan.settings)
-        for index, batch in enumerate(plan.matrices):
-            x = _advance(batch, plan.settings) if index else first
-            first = None
-            assert x is not None
-            _finish(batch, x, plan.settings, self._process_group)
-        current.wait_stream(beside)
-
-
-def _holds(plan: _Plan, state: State) -> bool:
-    """Whether the state tensors are still those that the plan was built for."""
-    for parameter, tensors in zip(plan.parameters, plan.states, strict=True):
-        current = state[parameter].values()
-        if len(current) != len(tensors) or any(a is not b for a, b in zip(current, tensors, strict=True)):
-            return False
-    return True
-
-
-@functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+        for batch in plan.matrices:
+            orthogonal = _orthogonalize(batch, _advance(batch, plan.settings), self._process_group)
+            _apply(batch, orthogonal, plan.settings)
+        for vectors in plan.vectors:
+            _update_vectors(vectors, plan.settings)
 
 
 def _settings(group: Group) -> tuple[Any, ...]:
@@ -257,19 +251,20 @@ def _takes(parameter: Tensor, group: Group, state: dict[str, Tensor], cut: Block
     return half and has_bfloat16 and not group["row_equilibration"]
 
 
-def _build(groups: Sequence[Group], members: Sequence[Sequence[Tensor]], state: State) -> _Plan:
+def _build(groups: Sequence[Group], state: State) -> _Plan:
     plan_parameters: list[Tensor] = []
     matrices: dict[tuple[Any, ...], list[_Piece]] = {}
     vectors: dict[tuple[Any, ...], list[int]] = {}
-    leftover: list[tuple[int, list[int]]] = []
-    for index, (group, parameters) in enumerate(zip(groups, members, strict=True)):
-        left: list[int] = []
-        for position, p in enumerate(parameters):
+    leftover: list[tuple[int, list[Tensor]]] = []
+    for index, group in enumerate(groups):
+        left: list[Tensor] = []
+        for p in group["params"]:
+            if p.grad is None:
+                continue
             cut = blocks(p.shape, group, where="a parameter") if group["algorithm"] == "muon" else None
             if not _takes(p, group, state[p], cut):
-                left.append(position)
+                left.append(p)
                 continue
-            assert p.grad is not None
             key = (index, p.device, p.dtype, p.grad.dtype)
             member = len(plan_parameters)
             plan_parameters.append(p)
@@ -284,7 +279,9 @@ def _build(groups: Sequence[Group], members: Sequence[Sequence[Tensor]], state: 
     device = plan_parameters[0].device if plan_parameters else torch.device("cuda")
     return _Plan(
         parameters=plan_parameters,
-        states=[tuple(state[p].values()) for p in plan_parameters],
+        state=state,
+        kept=[value for p in plan_parameters for value in state[p].values()],
+        entries=[state[p] for p in plan_parameters],
         matrices=sorted(
             _matrix_batches(groups, matrices, plan_parameters, state),
             key=lambda b: -len(b.pieces) * b.shape[0] * b.shape[1],
@@ -381,23 +378,22 @@ def _set_table(plan: _Plan, batch: _MatrixBatch | _VectorBatch, rows: list[list[
 
 def _advance(batch: _MatrixBatch, settings: Tensor) -> Tensor:
     """Advances the momenta of a batch; the normalised updates (matrices, rows <= columns)."""
-    rows, columns = batch.shape
-    return _kernels().advance_momentum(
+    x = torch.empty((len(batch.pieces), *batch.shape), dtype=batch.ns_dtype, device=settings.device)
+    _kernels().advance_momentum(
         batch.table,
         settings[batch.group],
         batch.parts,
-        count=len(batch.pieces),
-        rows=rows,
-        columns=columns,
+        x,
         nesterov=batch.options["nesterov"],
         gradient_dtype=batch.gradient_dtype,
         aligned=batch.aligned,
         safety=batch.variant.safety,
-        dtype=batch.ns_dtype,
     )
+    return x
 
 
 def _orthogonalize(batch: _MatrixBatch, x: Tensor, process_group: ProcessGroup | None) -> Tensor:
+    """The orthogonalised updates of a batch; ``x`` is overwritten. Under DDP, each rank computes its share."""
     products = Products(symmetric=_kernels().symmetric_product, polynomial=_kernels().polynomial)
     if process_group is None:
         return iterate(x, batch.variant, products=products)
@@ -408,10 +404,9 @@ def _orthogonalize(batch: _MatrixBatch, x: Tensor, process_group: ProcessGroup |
     return shares.all_gather(iterate(owned, batch.variant, products=products) if len(owned) else owned)
 
 
-def _finish(batch: _MatrixBatch, x: Tensor, settings: Tensor, process_group: ProcessGroup | None) -> None:
-    """Orthogonalises the updates of a batch, whose memory is overwritten, and applies them to the parameters."""
+def _apply(batch: _MatrixBatch, o: Tensor, settings: Tensor) -> None:
+    """Applies the orthogonalised updates of a batch to its parameters."""
     options = batch.options
-    o = _orthogonalize(batch, x, process_group)
     factor = frobenius_factor(o).view(-1) if options["frobenius_normalization"] else None
     scales = batch.scales if factor is None else batch.scales * factor
     for first, number, tall in batch.parts:
@@ -468,6 +463,11 @@ def _block_index(cut: Blocks, start: int) -> int:
 
 def _update_vectors(batch: _VectorBatch, settings: Tensor) -> None:
     _kernels().adamw(
-        batch.table, batch.whole_chunks, batch.last_chunks, settings[batch.group],
-        gradient_dtype=batch.gradient_dtype, parameter_dtype=batch.parameter_dtype, aligned=batch.aligned,
-    )  # fmt: skip
+        batch.table,
+        batch.whole_chunks,
+        batch.last_chunks,
+        settings[batch.group],
+        gradient_dtype=batch.gradient_dtype,
+        parameter_dtype=batch.parameter_dtype,
+        aligned=batch.aligned,
+    )

@@ -13,12 +13,15 @@ torch's own multi-tensor kernels launch once per 320 chunks or 30 to 110 tensors
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 TILE = 64
 """Rows and columns of the tile that one program of the elementwise matrix kernels works on."""
@@ -26,11 +29,8 @@ TILE = 64
 VECTOR_BLOCK = 4096
 """Elements that one program of the AdamW kernel works on."""
 
-MUON_COLUMNS = 5
-"""Columns of the address table of matrices: gradient, momentum, parameter, row stride, 1 for a matrix stored transposed."""
-
-ADAMW_COLUMNS = 6
-"""Columns of the address table of AdamW: gradient, parameter, exp_avg, exp_avg_sq, step, elements."""
+NORMALIZE_BLOCK = 8192
+"""Elements that one program of the normalisation works on."""
 
 
 @triton.jit
@@ -39,6 +39,13 @@ def _pointer(table, index, kind: tl.constexpr, ALIGNED: tl.constexpr):
     if ALIGNED:
         address = tl.multiple_of(address, 16)
     return address.to(tl.pointer_type(kind))
+
+
+@triton.jit
+def _load_strip(pointers, rows, depth, start, n, k, EVEN: tl.constexpr):
+    if EVEN:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(rows[:, None] < n) & (start + depth[None, :] < k), other=0.0)
 
 
 @triton.jit
@@ -69,16 +76,9 @@ def _symmetric_product_kernel(
     rights = b + matrix * n * k + columns[:, None] * k + depth[None, :]
     accumulator = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
     for start in range(0, k, BLOCK_K):
-        if EVEN:
-            left = tl.load(lefts)
-            right = tl.load(rights)
-        else:
-            inside = start + depth[None, :] < k
-            left = tl.load(lefts, mask=(rows[:, None] < n) & inside, other=0.0)
-            right = tl.load(rights, mask=(columns[:, None] < n) & inside, other=0.0)
+        left = _load_strip(lefts + start, rows, depth, start, n, k, EVEN)
+        right = _load_strip(rights + start, columns, depth, start, n, k, EVEN)
         accumulator = tl.dot(left, right.T, accumulator)
-        lefts += BLOCK_K
-        rights += BLOCK_K
     accumulator = accumulator * alpha
     mask = (rows[:, None] < n) & (columns[None, :] < n)
     offsets = rows[:, None] * n + columns[None, :]
@@ -94,30 +94,73 @@ def _symmetric_product_kernel(
         tl.store(out + start_of_matrix + mirrored, result.T, mask=mask)
 
 
+@triton.jit
+def _symmetric_product_tma_kernel(
+    a,
+    b,
+    addend,
+    out,
+    k,
+    alpha,
+    beta,
+    diagonal,
+    ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The same with the tensor memory accelerator of Hopper and later chips: the operands are tensor descriptors, which also mask."""
+    tile = tl.program_id(0)
+    matrix = tl.program_id(1)
+    row = ((tl.sqrt(8.0 * tile + 1.0) - 1.0) * 0.5).to(tl.int32)
+    column = tile - row * (row + 1) // 2
+    row_start = row * BLOCK
+    column_start = column * BLOCK
+    accumulator = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+    for start in range(0, k, BLOCK_K):
+        left = a.load([matrix, row_start, start]).reshape(BLOCK, BLOCK_K)
+        right = b.load([matrix, column_start, start]).reshape(BLOCK, BLOCK_K)
+        accumulator = tl.dot(left, right.T, accumulator)
+    accumulator = accumulator * alpha
+    if ADD:
+        accumulator += beta * addend.load([matrix, row_start, column_start]).reshape(BLOCK, BLOCK).to(tl.float32)
+        rows = row_start + tl.arange(0, BLOCK)
+        columns = column_start + tl.arange(0, BLOCK)
+        accumulator = tl.where(rows[:, None] == columns[None, :], accumulator + diagonal, accumulator)
+    result = accumulator.to(out.dtype)
+    out.store([matrix, row_start, column_start], result.reshape(1, BLOCK, BLOCK))
+    if row != column:
+        out.store([matrix, column_start, row_start], result.T.reshape(1, BLOCK, BLOCK))
+
+
 BLOCK, BLOCK_K = 128, 64
+
+
+@functools.cache
+def _has_tma(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _describe(stack: Tensor, columns: int) -> TensorDescriptor:
+    return TensorDescriptor(stack, list(stack.shape), list(stack.stride()), [1, BLOCK, columns])
 
 
 def _launch_product(a: Tensor, b: Tensor, addend: Tensor | None, alpha: float, beta: float, diagonal: float) -> Tensor:
     matrices, n, k = a.shape
     out = torch.empty((matrices, n, n), dtype=a.dtype, device=a.device)
     blocks = triton.cdiv(n, BLOCK)
-    _symmetric_product_kernel[(blocks * (blocks + 1) // 2, matrices)](
-        a,
-        b,
-        a if addend is None else addend,
-        out,
-        n,
-        k,
-        alpha,
-        beta,
-        diagonal,
-        ADD=addend is not None,
-        EVEN=n % BLOCK == 0 and k % BLOCK_K == 0,
-        BLOCK=BLOCK,
-        BLOCK_K=BLOCK_K,
-        num_stages=3,
-        num_warps=4,
-    )
+    grid = (blocks * (blocks + 1) // 2, matrices)
+    shape: dict[str, Any] = {"ADD": addend is not None, "BLOCK": BLOCK, "BLOCK_K": BLOCK_K}
+    shape |= {"num_stages": 3, "num_warps": 4}
+    # The accelerator wants rows that start at multiples of 16 bytes.
+    if _has_tma(a.device) and n % 8 == 0 and k % 8 == 0:
+        left, result = _describe(a, BLOCK_K), _describe(out, BLOCK)
+        right = left if b is a else _describe(b, BLOCK_K)
+        added = result if addend is None else _describe(addend, BLOCK)
+        _symmetric_product_tma_kernel[grid](left, right, added, result, k, alpha, beta, diagonal, **shape)
+    else:
+        added = a if addend is None else addend
+        even = n % BLOCK == 0 and k % BLOCK_K == 0
+        _symmetric_product_kernel[grid](a, b, added, out, n, k, alpha, beta, diagonal, EVEN=even, **shape)
     return out
 
 
@@ -147,7 +190,8 @@ def _momentum_kernel(
     ALIGNED: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """m <- mu m + (1 - mu) g; writes the update in bfloat16 with rows <= columns, and each tile's largest entry and scaled sum of squares."""
+    """m <- mu m + (1 - mu) g; writes the update, rows <= columns, in bfloat16, and each tile's largest entry and scaled sum of squares."""
+    mu = tl.load(settings + 2)
     matrix = first + tl.program_id(1)
     tile = tl.program_id(0)
     # Neighbouring programs read neighbouring memory of the parameter.
@@ -164,7 +208,6 @@ def _momentum_kernel(
     stride = tl.load(table + matrix * 5 + 3)
     if ALIGNED:
         stride = tl.multiple_of(stride, 8)
-    mu = tl.load(settings + 2)
     if TALL:
         offsets = column[:, None].to(tl.int64) * stride + row[None, :]
         mask = (column[:, None] < columns) & (row[None, :] < rows)
@@ -192,29 +235,20 @@ def _momentum_kernel(
 
 
 @triton.jit
-def _norm_kernel(maxima, squares, inverse, tiles, safety, BLOCK: tl.constexpr):
-    """One over (safety times the Frobenius norm) of each matrix from its tiles; 0 for a matrix of zeros."""
-    matrix = tl.program_id(0)
-    offsets = tl.arange(0, BLOCK)
-    mask = offsets < tiles
-    largest = tl.load(maxima + matrix * tiles + offsets, mask=mask, other=0.0)
-    total = tl.load(squares + matrix * tiles + offsets, mask=mask, other=0.0)
+def _normalize_kernel(x, out, maxima, squares, tiles, elements, safety, TILES: tl.constexpr, BLOCK: tl.constexpr):
+    """x / (safety ||x||_F) per matrix, from the largest entries and the scaled sums of squares of its tiles; zeros stay zeros."""
+    matrix = tl.program_id(1)
+    tile = tl.arange(0, TILES)
+    largest = tl.load(maxima + matrix * tiles + tile, mask=tile < tiles, other=0.0)
+    total = tl.load(squares + matrix * tiles + tile, mask=tile < tiles, other=0.0)
     top = tl.max(largest, axis=0)
     ratio = largest / tl.where(top > 0, top, 1.0)
     norm = tl.sqrt(tl.sum(total * ratio * ratio, axis=0))
-    tl.store(
-        inverse + matrix,
-        tl.where(top > 0, 1.0 / (tl.where(top > 0, norm, 1.0) * safety * tl.where(top > 0, top, 1.0)), 0.0),
-    )
-
-
-@triton.jit
-def _normalize_kernel(x, out, inverse, elements, BLOCK: tl.constexpr):
-    matrix = tl.program_id(1)
+    inverse = tl.where(top > 0, 1.0 / (tl.where(top > 0, norm * top, 1.0) * safety), 0.0)
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < elements
     start = matrix.to(tl.int64) * elements
-    value = tl.load(x + start + offsets, mask=mask).to(tl.float32) * tl.load(inverse + matrix)
+    value = tl.load(x + start + offsets, mask=mask).to(tl.float32) * inverse
     tl.store(out + start + offsets, value.to(out.dtype.element_ty), mask=mask)
 
 
@@ -236,6 +270,8 @@ def _apply_kernel(
     TILE: tl.constexpr,
 ):
     """W <- (1 - lr wd) W - lr S O, where O is stored with rows <= columns; FACTORS is the dimension of O that `factors` multiply, or -1."""
+    lr = tl.load(settings)
+    decay = lr * tl.load(settings + 1)
     matrix = first + tl.program_id(1)
     tile = tl.program_id(0)
     tile_columns = tl.cdiv(columns, TILE)
@@ -258,8 +294,6 @@ def _apply_kernel(
         mask = tl.trans(mask)
     else:
         offsets = row[:, None].to(tl.int64) * stride + column[None, :]
-    lr = tl.load(settings)
-    decay = lr * tl.load(settings + 1)
     w = tl.load(parameters + offsets, mask=mask, other=0.0).to(tl.float32)
     decayed = w - decay * w
     if CAUTIOUS:
@@ -280,16 +314,16 @@ def _adamw_kernel(
     BLOCK: tl.constexpr,
 ):
     """AdamW on one chunk of one parameter; `owners` holds the parameter and the chunk's start of every program."""
-    program = tl.program_id(0)
-    owner = tl.load(owners + program * 2)
-    start = tl.multiple_of(tl.load(owners + program * 2 + 1), BLOCK)
-    row = table + owner * 6
-    offsets = start + tl.arange(0, BLOCK)
     lr = tl.load(settings)
     decay = tl.load(settings + 1)
     beta1 = tl.load(settings + 2)
     beta2 = tl.load(settings + 3)
     eps = tl.load(settings + 4)
+    program = tl.program_id(0)
+    owner = tl.load(owners + program * 2)
+    start = tl.multiple_of(tl.load(owners + program * 2 + 1), BLOCK)
+    row = table + owner * 6
+    offsets = start + tl.arange(0, BLOCK)
     gradients = _pointer(row, 0, GRADIENT, ALIGNED) + offsets
     parameters = _pointer(row, 1, PARAMETER, ALIGNED) + offsets
     first_moments = _pointer(row, 2, tl.float32, ALIGNED) + offsets
@@ -334,26 +368,24 @@ def advance_momentum(
     table: Tensor,
     settings: Tensor,
     parts: Sequence[tuple[int, int, bool]],
+    x: Tensor,
     *,
-    count: int,
-    rows: int,
-    columns: int,
     nesterov: bool,
     gradient_dtype: torch.dtype,
     aligned: bool,
     safety: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Advances the momenta of a table of matrices; returns the normalised updates (count, rows <= columns) in the half-precision ``dtype``."""
+) -> None:
+    """Advances the momenta of a table of matrices; writes the normalised updates to ``x`` (matrices, rows <= columns), half precision."""
     device = table.device
-    x = torch.empty((count, rows, columns), dtype=torch.bfloat16, device=device)
+    count, rows, columns = x.shape
+    raw = x.view(torch.bfloat16)
     tiles = triton.cdiv(rows, TILE) * triton.cdiv(columns, TILE)
     maxima, squares = torch.empty((2, count, tiles), dtype=torch.float32, device=device).unbind()
     for first, number, tall in parts:
         _momentum_kernel[(tiles, number)](
             table,
             settings,
-            x,
+            raw,
             maxima,
             squares,
             rows,
@@ -365,14 +397,18 @@ def advance_momentum(
             ALIGNED=aligned,
             TILE=TILE,
         )
-    inverse = torch.empty(count, dtype=torch.float32, device=device)
-    _norm_kernel[(count,)](maxima, squares, inverse, tiles, safety, BLOCK=triton.next_power_of_2(tiles))
-    normalized = x.view(dtype)
     elements = rows * columns
-    _normalize_kernel[(triton.cdiv(elements, VECTOR_BLOCK), count)](
-        x, normalized, inverse, elements, BLOCK=VECTOR_BLOCK
+    _normalize_kernel[(triton.cdiv(elements, NORMALIZE_BLOCK), count)](
+        raw,
+        x,
+        maxima,
+        squares,
+        tiles,
+        elements,
+        safety,
+        TILES=triton.next_power_of_2(tiles),
+        BLOCK=NORMALIZE_BLOCK,
     )
-    return normalized
 
 
 def apply_updates(

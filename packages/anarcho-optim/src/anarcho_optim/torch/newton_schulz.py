@@ -104,7 +104,7 @@ def _composed(x: Tensor, coefficients: Coefficients, products: Products) -> Tens
 
 
 def iterate(x: Tensor, variant: Variant, *, products: Products = PLAIN) -> Tensor:
-    """All steps on a normalised stack (matrices, rows, columns) with rows <= columns, in its dtype; ``x`` is overwritten."""
+    """All steps on a normalised stack (matrices, rows, columns) with rows <= columns, in its dtype; ``x``, contiguous, is overwritten."""
     spare, start = torch.empty_like(x), 0
     for length in segments(len(variant.coefficients), rows=x.shape[-2], columns=x.shape[-1], dtype=x.dtype):
         composed = _composed(x, variant.coefficients[start : start + length], products)
@@ -136,5 +136,6 @@ def orthogonalize(updates: Tensor, *, variant: Variant, dtype: torch.dtype = tor
         return updates.to(dtype)
     x = (updates * _inverse_norm(updates, variant.safety)).to(dtype)
     if x.shape[-2] > x.shape[-1]:
-        return iterate(x.mT, variant).mT
+        # Contiguous, because on the CPU a product written to a transposed tensor takes a path that is thousands of times slower.
+        return iterate(x.mT.contiguous(), variant).mT
     return iterate(x, variant)
