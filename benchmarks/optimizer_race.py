@@ -3,9 +3,9 @@
     python benchmarks/optimizer_race.py --device cuda --workers 15 benchmarks/optimizer_race.jsonl
     python benchmarks/optimizer_race.py --plot packages/anarcho-optim/docs/race.svg benchmarks/optimizer_race.jsonl
 
-Every contestant trains the same 4 x 192 Llama-like model (vocabulary 4096, context 256, 4096 tokens a step) from the same initial weights on
-the same batches, under the same linear warm-up and linear decay over 400 steps. Its two hyper-parameters are chosen from a grid of the same
-size by the final validation loss of seed 0; the winner runs with seeds 1 to 5. The mark to reach is the median final loss of AdamW.
+Every contestant trains the same 4 x 192 Llama-like model (vocabulary 4096, context 256, 4096 tokens a step) from the same initial weights
+on the same batches, under the same linear warm-up and linear decay over 400 steps. Its two hyper-parameters are chosen from a grid of the
+same size by the final validation loss of seed 0; the winner runs with seeds 1 to 5. The mark is the median final loss of AdamW.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def run(parameters: list[Any], optimizer: Any, steps: int, *, fresh: bool = Fals
 
 
 def general(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_module, "_kernels", lambda: None)
+    monkeypatch.setattr(fused_module, "load_kernels", lambda: None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -9,7 +9,7 @@ from typing import Any
 
 from anarcho_model.flops import training_flops_per_token
 from anarcho_model.footprint import MemoryForecast, training_memory
-from anarcho_optim.memory import SCRATCH_BYTES
+from anarcho_optim.memory import scratch_bytes
 
 from anarcho_cli.config import RunConfig, to_dict
 from anarcho_cli.diagnosis import cpu_features
@@ -91,7 +91,7 @@ def plan_run(config: RunConfig, *, device: str) -> Plan:
             length=config.sequence_length,
             compute_dtype_bytes=dtype_bytes,
             gradient_checkpointing=config.train.gradient_checkpointing,
-            optimizer_scratch_bytes=SCRATCH_BYTES,
+            optimizer_scratch_bytes=scratch_bytes(device, model.num_parameters),
             gradients_held=config.batch_sequences > config.train.micro_batch,
             segments=config.data.isolate_documents,
         ),

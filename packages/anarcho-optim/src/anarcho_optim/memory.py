@@ -16,6 +16,12 @@ CUDA_SCRATCH_BYTES = 2**30
 """Upper bound of Muon's temporary memory on CUDA's fused path (unless one matrix needs more)."""
 
 
+def scratch_bytes(device_type: str, parameters: int) -> int:
+    """Upper bound of Muon's temporary memory for a model of so many parameters on a device of this type (`cpu`, `mps`, `cuda`)."""
+    # The half-precision iterate before and after a segment, and square stacks that are at most as large.
+    return min(CUDA_SCRATCH_BYTES, 6 * parameters) if device_type == "cuda" else SCRATCH_BYTES
+
+
 def batch_bytes(device_type: str) -> int:
     """The cap of a float32 stack on a device of this type (``cpu``, ``mps``, ``cuda``)."""
     return CPU_BATCH_BYTES if device_type == "cpu" else BATCH_BYTES

@@ -11,6 +11,9 @@ Notable:
 torch's own multi-tensor kernels launch once per 320 chunks or 30 to 110 tensors, so that their number grows with the layers.
 """
 
+# Triton's compiler gives the parameters of a kernel their types; a checker of Python's cannot know them.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 import functools
