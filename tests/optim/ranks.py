@@ -21,7 +21,13 @@ import torch.multiprocessing as mp
 
 # A server that has imported torch forks ranks within milliseconds; system libraries of other platforms do not survive a fork.
 START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"
-PRELOADED = ["pytest", "torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.tensor.debug"]
+PRELOADED = [
+    "pytest",
+    "torch.distributed.tensor",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.debug",
+    "torch._dynamo",
+]
 
 
 def run(

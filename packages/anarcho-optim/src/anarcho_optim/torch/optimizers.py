@@ -150,8 +150,11 @@ class MuonAdamW(torch.optim.Optimizer):
             first += len(batch)
 
     def _adamw_step(self, group: Group) -> None:
-        # Elementwise, so that shards are updated where they lie.
+        # Elementwise, so that shards are updated where they lie; a rank without elements counts the steps nevertheless.
         members = [p for p in group["params"] if local(p).numel()]
+        for parameter in group["params"]:
+            if not local(parameter).numel():
+                self.state[parameter]["step"] += 1
         parameters = [local(p) for p in members]
         # Arithmetic is float32 whatever the parameters are; `float()` is no copy where they already are float32.
         weights = [p.float() for p in parameters]
