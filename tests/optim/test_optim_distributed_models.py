@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import cases
 import pytest
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch_toy import SPLITS, Toy, toy, toy_loss, toy_optimizer, train, weights_of
 
@@ -86,6 +88,40 @@ def hsdp() -> None:
 
 def test_hybrid_sharding_trains_as_one_device_does() -> None:
     run(4, hsdp)
+
+
+class FeedForward(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(6, 8, bias=False)
+        self.down = nn.Linear(8, 6, bias=False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.down(self.up(h).tanh())
+
+
+def tensor_parallel() -> None:
+    """Sharded twice: along rows or columns between the ranks of a pair, and along rows between the pairs."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    for options in ({}, {"normuon": True, "num_heads": 2}, {"normuon": True, "normuon_axis": -2}):
+        models = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            models.append(FeedForward())
+        parallelize_module(models[0], mesh["tensor"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        fully_shard(models[0], mesh=mesh["data"])
+        for model in models:
+            optimizer = MuonAdamW([{"params": list(model.named_parameters()), **cases.muon(**options)}])
+            for step in range(2):
+                optimizer.zero_grad()
+                inputs = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
+                model(inputs).square().sum().backward()
+                optimizer.step()
+        check_weights(models[0], weights_of(models[1]))
+
+
+def test_sharding_besides_tensor_parallelism_trains_as_one_device_does() -> None:
+    run(4, tensor_parallel)
 
 
 def distributed_data_parallel(world_size: int) -> None:

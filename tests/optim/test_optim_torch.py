@@ -1,244 +1,163 @@
-"""Properties of `anarcho_optim.torch`: the mathematics agrees with references, the state is exact, bad input is named."""
+"""Properties of `anarcho_optim.torch` besides the mathematics: state, batches, missing gradients, chosen arithmetic, QK-clip."""
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable
+from itertools import accumulate
+from typing import Any
 
 import pytest
-import torch
-from anarcho_optim import VARIANTS, OptimConfig
-from anarcho_optim.memory import CPU_BATCH_BYTES
-from anarcho_optim.torch import MuonAdamW, orthogonalize, param_groups, shape_scale
-from torch import nn
 
-SHAPES = [(16, 16), (8, 32), (32, 8), (1, 12)]
+torch = pytest.importorskip("torch")
 
-
-class TinyModel(nn.Module):
-    """An embedding tied to a head, two matrices of one shape, one of another, a gain and a bias."""
-
-    def __init__(self, *, tied: bool = True) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(20, 8)
-        self.first = nn.Linear(8, 8)
-        self.second = nn.Linear(8, 8, bias=False)
-        self.norm = nn.RMSNorm(8)
-        self.wide = nn.Linear(8, 24, bias=False)
-        self.narrow = nn.Linear(24, 8, bias=False)
-        self.head = nn.Linear(8, 20, bias=False)
-        if tied:
-            self.head.weight = self.embedding.weight
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        h = self.norm(self.second(self.first(self.embedding(tokens)).tanh()))
-        return self.head(self.narrow(self.wide(h).tanh()))
+import cases  # noqa: E402
+from anarcho_optim.memory import CPU_BATCH_BYTES, SCRATCH_BYTES  # noqa: E402
+from anarcho_optim.torch import Muon, MuonAdamW, native_bfloat16, qk_clip, resolve_ns_dtype, shape_scale  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch_toy import toy, toy_loss, toy_optimizer, train, weights_of  # noqa: E402
 
 
-def backward(model: nn.Module, seed: int) -> None:
-    tokens = torch.randint(0, 20, (4, 6), generator=torch.Generator().manual_seed(seed))
-    model.zero_grad()
-    nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_orthogonalize_has_singular_values_near_one_and_the_polar_factors_directions(name, shape):
-    updates = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
-    result = orthogonalize(updates, variant=VARIANTS[name])
-    u, _, vh = torch.linalg.svd(updates.double(), full_matrices=False)
-    singular = torch.linalg.svdvals(result.double())
-    assert singular.min() > 0.6
-    assert singular.max() < 1.3
-    cosine = nn.functional.cosine_similarity(result.double().flatten(1), (u @ vh).flatten(1))
-    assert cosine.min() > 0.95
-
-
-@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e6, 1e30])
-def test_orthogonalize_does_not_depend_on_the_scale_of_its_input(scale):
-    updates = torch.randn(2, 8, 12, generator=torch.Generator().manual_seed(1))
-    expected = orthogonalize(updates, variant=VARIANTS["polar-express"])
-    torch.testing.assert_close(
-        orthogonalize(updates * scale, variant=VARIANTS["polar-express"]), expected, atol=1e-4, rtol=1e-4
-    )
-
-
-def test_orthogonalize_treats_every_matrix_of_a_stack_by_itself_and_zeros_stay_zeros():
-    stack = torch.randn(3, 6, 10, generator=torch.Generator().manual_seed(2))
-    stack[1] = 0
-    result = orthogonalize(stack, variant=VARIANTS["jordan"])
-    assert torch.equal(result[1], torch.zeros(6, 10))
-    torch.testing.assert_close(result[2:], orthogonalize(stack[2:], variant=VARIANTS["jordan"]))
-
-
-@pytest.mark.parametrize("adjust_lr_fn", ["original", "match_rms_adamw"])
-@pytest.mark.parametrize("nesterov", [True, False])
-@pytest.mark.parametrize("shape", [(64, 64), (64, 192), (192, 64)])
-def test_jordan_in_bfloat16_follows_torch_optim_muon(adjust_lr_fn, nesterov, shape):
-    ours = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
-    theirs = nn.Parameter(ours.detach().clone())
-    hyper = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.95, "nesterov": nesterov, "adjust_lr_fn": adjust_lr_fn}
-    optimizer = MuonAdamW(
-        [{"algorithm": "muon", "params": [ours], "variant": "jordan", "ns_dtype": "bfloat16", **hyper}]
-    )
-    reference = torch.optim.Muon([theirs], **hyper)
-    start = ours.detach().clone()
-    for seed in range(5):
-        gradient = torch.randn(shape, generator=torch.Generator().manual_seed(10 + seed))
-        ours.grad, theirs.grad = gradient, gradient.clone()
-        optimizer.step()
-        reference.step()
-        # The two round differently in bfloat16 (ours normalises in float32), so the moved distance agrees to about 1 %.
-        assert (ours - theirs).norm() < 0.02 * (theirs - start).norm()
-
-
-def test_jordan_in_float32_equals_the_written_out_equations_in_float64():
-    weight = torch.randn(6, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    parameter = nn.Parameter(weight.float().clone())
-    optimizer = MuonAdamW(
-        [
-            {
-                "algorithm": "muon",
-                "params": [parameter],
-                "variant": "jordan",
-                "ns_dtype": "float32",
-                "lr": 0.05,
-                "weight_decay": 0.3,
-                "adjust_lr_fn": "original",
-            }
-        ]
-    )
-    momentum = torch.zeros_like(weight)
-    for seed in range(4):
-        gradient = torch.randn(6, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(20 + seed))
-        momentum = 0.95 * momentum + 0.05 * gradient
-        x = 0.05 * gradient + 0.95 * momentum
-        x = x / x.norm()
-        for a, b, c in VARIANTS["jordan"].coefficients:
-            gram = x @ x.T
-            x = a * x + (b * gram + c * gram @ gram) @ x
-        weight = (1 - 0.05 * 0.3) * weight - 0.05 * x
-        parameter.grad = gradient.float()
-        optimizer.step()
-    torch.testing.assert_close(parameter.detach().double(), weight, atol=1e-5, rtol=1e-5)
-
-
-def test_adamw_half_equals_torch_optim_adamw():
-    parameter = nn.Parameter(torch.randn(7, 5, generator=torch.Generator().manual_seed(0)))
-    other = nn.Parameter(parameter.detach().clone())
-    hyper = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-10, "weight_decay": 0.1}
-    optimizer = MuonAdamW([{"algorithm": "adamw", "params": [parameter], **hyper}])
-    reference = torch.optim.AdamW([other], fused=True, **hyper)
-    for seed in range(5):
-        parameter.grad = torch.randn(7, 5, generator=torch.Generator().manual_seed(seed))
-        other.grad = parameter.grad.clone()
-        optimizer.step()
-        reference.step()
-    assert torch.equal(parameter, other)
-
-
-def test_matrices_of_one_shape_step_together_as_they_would_alone(monkeypatch):
-    def final_weights(batch_bytes: int) -> list[torch.Tensor]:
+@pytest.mark.parametrize("options", [{}, {"normuon": True, "row_equilibration": True}], ids=str)
+def test_matrices_of_one_shape_step_together_as_they_would_alone(options, monkeypatch):
+    def trained(batch_bytes: int) -> dict[str, Tensor]:
         monkeypatch.setattr("anarcho_optim.memory.CPU_BATCH_BYTES", batch_bytes)
-        torch.manual_seed(0)
-        model = TinyModel()
-        optimizer = MuonAdamW(param_groups(model, config=OptimConfig(ns_dtype="float32")))
-        for seed in range(3):
-            backward(model, seed)
-            optimizer.step()
-        return [p.detach().clone() for p in model.parameters()]
+        model = toy()
+        train(model, toy_optimizer(model, **options), range(3))
+        return weights_of(model)
 
-    for together, alone in zip(final_weights(CPU_BATCH_BYTES), final_weights(1), strict=True):
-        torch.testing.assert_close(together, alone, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(trained(CPU_BATCH_BYTES), trained(1), atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_param_groups_route_by_type_and_identity_and_forget_nothing(tied):
-    model = TinyModel(tied=tied)
-    groups = param_groups(model)
-    routed = {id(p): group["algorithm"] for group in groups for _, p in group["params"]}
-    assert set(routed) == {id(p) for p in model.parameters()}
-    muon = {id(m.weight) for m in (model.first, model.second, model.wide, model.narrow)}
-    assert {key for key, algorithm in routed.items() if algorithm == "muon"} == muon
-    assert "matrices" in str(groups)
-    assert "embeddings" in str(groups)
-    names = {group["name"] for group in groups}
-    assert ("heads" in names) is not tied
+def test_a_batch_is_as_large_as_the_cap_allows(monkeypatch):
+    from anarcho_optim.torch import matrices
+
+    sizes: list[int] = []
+    orthogonal_blocks = matrices.orthogonal_blocks
+    monkeypatch.setattr("anarcho_optim.memory.CPU_BATCH_BYTES", 4 * 24 * 3)
+    monkeypatch.setattr(
+        matrices, "orthogonal_blocks", lambda stack, *rest: sizes.append(len(stack)) or orthogonal_blocks(stack, *rest)
+    )
+    parameters = [nn.Parameter(torch.ones(4, 6)) for _ in range(7)] + [nn.Parameter(torch.ones(30, 30))]
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    Muon(parameters).step()
+    assert sizes == [3, 3, 1, 1]
 
 
-def test_every_kind_of_parameter_takes_its_own_learning_rate():
-    groups = param_groups(TinyModel(tied=False), config=OptimConfig(lr=0.1, adamw_lr=0.2, embedding_lr=0.3))
-    rates = {group["name"]: group["lr"] for group in groups}
-    assert rates == {"matrices": 0.1, "embeddings": 0.3, "heads": 0.2, "gains and biases": 0.2}
-    defaults = param_groups(TinyModel(tied=False), config=OptimConfig(lr=0.1))
-    assert {group["lr"] for group in defaults} == {0.1}
+def peak_memory(function: Callable[[], Any]) -> int:
+    """Bytes that tensors of the CPU take at most during a call, besides those that were there before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return max(accumulate(changes))
 
 
-def test_frozen_parameters_and_missing_gradients_are_left_alone():
-    model = TinyModel()
-    model.first.weight.requires_grad_(False)
-    optimizer = MuonAdamW(param_groups(model))
-    backward(model, 0)
-    model.second.weight.grad = None
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer.step()
-    assert torch.equal(model.first.weight, before["first.weight"])
-    assert torch.equal(model.second.weight, before["second.weight"])
-    assert not torch.equal(model.wide.weight, before["wide.weight"])
+@pytest.mark.parametrize("ns_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(64, 64), (16, 256), (256, 16)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"row_equilibration": True}, {"normuon": True, "num_heads": 4}], ids=str)
+def test_memory_does_not_grow_with_the_number_of_matrices(options, shape, ns_dtype, monkeypatch):
+    def needed(count: int) -> int:
+        parameters = [nn.Parameter(torch.zeros(shape)) for _ in range(count)]
+        optimizer = MuonAdamW([{"params": parameters, **cases.muon(ns_dtype=ns_dtype, **options)}])
+        for p in parameters:
+            p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        return peak_memory(optimizer.step)
+
+    batch_bytes = 16 * 64 * 64 * 4
+    monkeypatch.setattr("anarcho_optim.memory.CPU_BATCH_BYTES", batch_bytes)
+    assert needed(16) <= 6.2 * batch_bytes < SCRATCH_BYTES / CPU_BATCH_BYTES * batch_bytes
+    assert needed(48) <= 6.2 * batch_bytes
 
 
-def test_gradients_are_not_modified():
-    model = TinyModel()
-    optimizer = MuonAdamW(param_groups(model))
-    backward(model, 0)
-    before = [p.grad.clone() for p in model.parameters()]
-    optimizer.step()
-    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))
-
-
-def test_a_zero_gradient_without_decay_moves_nothing():
-    parameter = nn.Parameter(torch.randn(4, 6))
-    before = parameter.detach().clone()
-    optimizer = MuonAdamW([{"algorithm": "muon", "params": [parameter], "weight_decay": 0.0}])
-    parameter.grad = torch.zeros(4, 6)
-    optimizer.step()
-    assert torch.equal(parameter, before)
-
-
-def test_state_is_created_eagerly_in_float32_under_canonical_names():
-    model = TinyModel().bfloat16()
-    optimizer = MuonAdamW(param_groups(model))
-    assert set(optimizer.state[model.wide.weight]) == {"momentum"}
-    assert set(optimizer.state[model.embedding.weight]) == {"exp_avg", "exp_avg_sq", "step"}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_state_is_created_at_once_in_float32_under_its_names(dtype):
+    model = toy().to(dtype)
+    optimizer = toy_optimizer(model, normuon=True)
+    names = {
+        name: {key: tuple(value.shape) for key, value in optimizer.state[p].items()}
+        for name, p in model.named_parameters()
+    }
+    assert names["first.weight"] == {"momentum": (8, 16), "neuron_mean_sq": (8, 1)}
+    assert names["conv.weight"] == {"momentum": (8, 8, 3), "neuron_mean_sq": (8, 1)}
+    assert names["qkv.weight"] == {"momentum": (16, 8), "neuron_mean_sq": (16, 1)}
+    assert names["embedding.weight"] == {"exp_avg": (20, 8), "exp_avg_sq": (20, 8), "step": ()}
     assert {t.dtype for state in optimizer.state.values() for t in state.values()} == {torch.float32}
+    assert not any(t.requires_grad for state in optimizer.state.values() for t in state.values())
+    before = {id(t) for state in optimizer.state.values() for t in state.values()}
+    train(model, optimizer, range(1))
+    assert {id(t) for state in optimizer.state.values() for t in state.values()} == before
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_restored_state_continues_bit_for_bit(dtype):
-    torch.manual_seed(0)
-    model = TinyModel().to(dtype)
-    optimizer = MuonAdamW(param_groups(model))
-    for seed in range(3):
-        backward(model, seed)
-        optimizer.step()
-    resumed = copy.deepcopy(model)
-    restored = MuonAdamW(param_groups(resumed))
-    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for seed in range(3, 6):
-        for m, o in ((model, optimizer), (resumed, restored)):
-            backward(m, seed)
-            o.step()
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))
-    assert restored.state[resumed.wide.weight]["momentum"].dtype == torch.float32
-
-
-def test_a_torch_scheduler_drives_both_halves():
-    model = TinyModel()
-    optimizer = MuonAdamW(param_groups(model, config=OptimConfig(lr=0.02, adamw_lr=0.004)))
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
-    backward(model, 0)
+def test_parameters_without_a_gradient_are_left_alone_and_not_decayed():
+    model = toy()
+    optimizer = toy_optimizer(model, weight_decay=0.5, adamw_weight_decay=0.5)
+    missing = {"second.weight", "conv.weight", "gate.weight", "norm.weight"}
+    before = weights_of(model)
+    toy_loss(model, 0).backward()
+    for name in missing:
+        model.get_parameter(name).grad = None
     optimizer.step()
-    scheduler.step()
-    assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.002, 0.002]
+    assert {name for name, p in model.named_parameters() if torch.equal(p, before[name])} == missing
+    assert optimizer.state[model.gate.weight]["step"] == 0
+    assert optimizer.state[model.first.bias]["step"] == 1
+
+
+def test_a_step_without_any_gradient_changes_nothing():
+    model = toy()
+    before = weights_of(model)
+    toy_optimizer(model).step()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_the_momentum_is_not_overwritten_by_the_iteration():
+    weight = nn.Parameter(torch.zeros(4, 6))
+    optimizer = Muon([weight], momentum=0.9, nesterov=False)
+    gradient = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    weight.grad = gradient
+    for step in range(1, 4):
+        optimizer.step()
+        torch.testing.assert_close(optimizer.state[weight]["momentum"], (1 - 0.9**step) * gradient)
+
+
+@pytest.mark.parametrize("algorithm", ["muon", "adamw"])
+def test_decay_is_decoupled_and_takes_the_base_rate(algorithm):
+    def moved(weight_decay: float) -> Tensor:
+        weight = nn.Parameter(torch.full((8, 2), 3.0))
+        options = {"lr": 0.1, "weight_decay": weight_decay, "algorithm": algorithm}
+        weight.grad = torch.ones(8, 2)
+        MuonAdamW([{"params": [weight], **options}]).step()
+        return weight.detach()
+
+    torch.testing.assert_close(moved(0.0) - moved(0.5), torch.full((8, 2), 3.0 * 0.1 * 0.5))
+
+
+def test_cautious_decay_only_shrinks_entries_that_the_update_shrinks():
+    weight = nn.Parameter(torch.tensor([[1.0, -1.0], [1.0, 1.0]]))
+    weight.grad = torch.tensor([[1.0, 0.5], [-0.5, 1.0]])
+    options: dict[str, Any] = cases.muon(lr=0.1, weight_decay=0.5, cautious_weight_decay=True)
+    plain = nn.Parameter(weight.detach().clone())
+    plain.grad = weight.grad.clone()
+    MuonAdamW([{"params": [weight], **options}]).step()
+    MuonAdamW([{"params": [plain], **options | {"weight_decay": 0.0}}]).step()
+    decayed = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    torch.testing.assert_close(plain.detach() - weight.detach(), 0.05 * decayed, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_normuon_keeps_the_norm_and_evens_out_the_neurons(axis):
+    weight = nn.Parameter(torch.zeros(6, 10))
+    optimizer = MuonAdamW(
+        [{"params": [weight], **cases.muon(lr=1.0, normuon=True, normuon_axis=axis, adjust_lr_fn="original")}]
+    )
+    weight.grad = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
+    twin = nn.Parameter(torch.zeros(6, 10))
+    twin.grad = weight.grad.clone()
+    optimizer.step()
+    MuonAdamW([{"params": [twin], **cases.muon(lr=1.0, adjust_lr_fn="original")}]).step()
+    torch.testing.assert_close(weight.norm(), twin.norm())
+    norms = weight.detach().norm(dim=axis)
+    torch.testing.assert_close(norms, norms.mean().expand_as(norms))
 
 
 @pytest.mark.parametrize(("name", "scale"), [("original", 2.0), ("match_rms_adamw", 0.2 * 64**0.5), ("spectral", 2.0)])
@@ -248,29 +167,46 @@ def test_shape_scales_are_those_of_their_papers(name, scale):
     assert shape_scale("original", 16, 64) == 1.0
 
 
-MATRIX = nn.Parameter(torch.zeros(2, 2))
+def test_auto_arithmetic_is_bfloat16_where_the_cpu_has_it_and_float32_elsewhere(monkeypatch):
+    cpu = torch.device("cpu")
+    assert resolve_ns_dtype("auto", cpu) == (torch.bfloat16 if native_bfloat16(cpu) else torch.float32)
+    assert resolve_ns_dtype("auto", torch.device("mps")) == torch.float32
+    for capabilities, expected in (
+        ({"amx_bf16": True}, torch.bfloat16),
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({}, torch.float32),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
+        assert resolve_ns_dtype("auto", cpu) == expected
+    assert resolve_ns_dtype("float16", cpu) == torch.float16
 
 
-@pytest.mark.parametrize(
-    ("group", "sentence"),
-    [
-        ({"params": [MATRIX]}, "algorithm None; expected 'muon' or 'adamw'"),
-        ({"params": [nn.Parameter(torch.zeros(3))], "algorithm": "muon"}, "shape (3,); expected two dimensions or more"),
-        ({"params": [MATRIX], "algorithm": "muon", "lr": -1.0}, "has lr -1.0; expected zero or a positive number"),
-        ({"params": [MATRIX], "algorithm": "adamw", "lr": float("nan")}, "has lr nan"),
-        ({"params": [MATRIX], "algorithm": "muon", "variant": "newton"}, "'newton'; expected one of"),
-        (
-            {"params": [nn.Parameter(torch.zeros(2, 2, dtype=torch.int32), requires_grad=False)], "algorithm": "adamw"},
-            "torch.int32",
-        ),
-    ],
-)
-def test_a_bad_group_is_refused_by_name(group, sentence):
-    with pytest.raises(ValueError) as error:  # noqa: PT011 - the sentence is checked below
-        MuonAdamW([group])
-    assert sentence in str(error.value)
+def logits(query: Tensor, key: Tensor, inputs: Tensor, heads: int) -> Tensor:
+    """The largest logit of each query head, (heads,); heads that share a key are neighbours."""
+    q = (inputs @ query.T).view(len(inputs), heads, -1)
+    k = (inputs @ key.T).view(len(inputs), -1, q.shape[-1])
+    k = k.repeat_interleave(heads // k.shape[1], dim=1)
+    return torch.einsum("ihd,jhd->hij", q, k).flatten(1).amax(dim=1)
 
 
-def test_a_parameter_given_twice_is_refused():
-    with pytest.raises(ValueError, match=r"parameter 0 of group 1, of shape \(2, 2\), is given twice"):
-        MuonAdamW([{"params": [MATRIX], "algorithm": "muon"}, {"params": [MATRIX], "algorithm": "adamw"}])
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+def test_qk_clip_bounds_the_logits_of_every_head_and_leaves_small_ones_alone(key_heads):
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(heads * 3, 5, generator=generator) for heads in (4, key_heads))
+    query[3:6] *= 0.01
+    inputs = torch.randn(16, 5, generator=generator)
+    before = logits(query, key, inputs, 4)
+    threshold = float(before.sort().values[1:3].mean())
+    assert (before < threshold).sum() == 2
+    qk_clip(query, key, max_logits=before, threshold=threshold)
+    torch.testing.assert_close(logits(query, key, inputs, 4), before.clamp(max=threshold))
+
+
+def test_qk_clip_refuses_sizes_that_do_not_fit():
+    query, key = torch.ones(12, 5), torch.ones(6, 5)
+    with pytest.raises(ValueError, match="query has 12 rows; expected a multiple of the 5 heads"):
+        qk_clip(query, key, max_logits=torch.ones(5))
+    with pytest.raises(ValueError, match="key has 8 rows; expected a divisor of 4 heads of 3 rows"):
+        qk_clip(query, torch.ones(8, 5), max_logits=torch.ones(4))
+    with pytest.raises(ValueError, match=r"threshold is 0\.0; expected a positive number"):
+        qk_clip(query, key, max_logits=torch.ones(4), threshold=0.0)

@@ -44,10 +44,12 @@ def toy(seed: int = 0, **options: Any) -> Toy:
     return Toy(**options)
 
 
-def toy_optimizer(model: nn.Module, *, process_group: Any = None, **options: Any) -> MuonAdamW:
+def toy_optimizer(
+    model: nn.Module, *, splits: dict[str, tuple[int, ...]] = SPLITS, process_group: Any = None, **options: Any
+) -> MuonAdamW:
     """`MuonAdamW` with ``options`` of `OptimConfig`, in float32 unless they say otherwise."""
     config = OptimConfig(**{"lr": 0.02, "adamw_weight_decay": 0.1, "ns_dtype": "float32"} | options)
-    return MuonAdamW(param_groups(model, config=config, split_sizes=SPLITS), process_group=process_group)
+    return MuonAdamW(param_groups(model, config=config, split_sizes=splits), process_group=process_group)
 
 
 def tokens_of(step: int) -> Tensor:

@@ -109,6 +109,7 @@ def iterate(x: Tensor, variant: Variant, *, products: Products = PLAIN) -> Tenso
     for length in segments(len(variant.coefficients), rows=x.shape[-2], columns=x.shape[-1], dtype=x.dtype):
         composed = _composed(x, variant.coefficients[start : start + length], products)
         torch.bmm(composed, x, out=spare)
+        del composed  # Or it would take memory beside the next one.
         x, spare = spare, x
         start += length
     return x
