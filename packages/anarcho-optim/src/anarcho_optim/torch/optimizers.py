@@ -8,7 +8,6 @@ Notable:
 * Gradients are never modified; a parameter without a gradient is left alone, not decayed.
 * Under FSDP2 (DTensor) whole matrices travel to an owner and back; under DDP each rank orthogonalises a share (`process_group`).
 * On CUDA, dense half-precision iterations take the path of `fused`: a fixed number of launches, whatever the number of layers.
-
 * torch.compile leaves a step as it is: traced, it would be compiled again whenever a schedule changes a rate.
 
 Sources: Muon, Keller Jordan (https://kellerjordan.github.io/posts/muon/); AdamW, Loshchilov and Hutter, arXiv:1711.05101.
@@ -150,15 +149,19 @@ class MuonAdamW(torch.optim.Optimizer):
             first += len(batch)
 
     def _adamw_step(self, group: Group) -> None:
-        # Elementwise, so that shards are updated where they lie; a rank without elements counts the steps nevertheless.
-        members = [p for p in group["params"] if local(p).numel()]
-        for parameter in group["params"]:
-            if not local(parameter).numel():
+        # Elementwise, so that shards are updated where they lie. A rank without elements counts the steps nevertheless, and takes part in
+        # what brings a gradient to its parameter.
+        all_gradients = [local_gradient(p) for p in group["params"]]
+        members, gradients = [], []
+        for parameter, gradient in zip(group["params"], all_gradients, strict=True):
+            if gradient.numel():
+                members.append(parameter)
+                gradients.append(gradient.float())
+            else:
                 self.state[parameter]["step"] += 1
         parameters = [local(p) for p in members]
         # Arithmetic is float32 whatever the parameters are; `float()` is no copy where they already are float32.
         weights = [p.float() for p in parameters]
-        gradients = [local_gradient(p).float() for p in members]
         states = [{key: local(value) for key, value in self.state[p].items()} for p in members]
         for is_aligned in (True, False):
             indices = [
