@@ -18,6 +18,7 @@ from anarcho_optim.torch.update import (
     Options,
     advance_momentum,
     apply_updates,
+    common_scale,
     join_blocks,
     orthogonal_blocks,
     scaled_updates,
@@ -107,6 +108,7 @@ def update_matrices(
         [local(m.parameter) for m in batch],
         results,
         lr=float(options["lr"]),
+        scale=common_scale(batch[0].blocks, options) or 1.0,
         weight_decay=float(options["weight_decay"]),
         cautious=options["cautious_weight_decay"],
     )

@@ -83,7 +83,9 @@ def segments(steps: int, *, rows: int, columns: int, dtype: torch.dtype) -> list
     if columns <= LONG * rows:
         return [1] * steps
     if dtype != torch.float16:
-        return [1] * (steps % 2) + [2] * (steps // 2)
+        # The odd step goes where its error is smaller: in bfloat16 last, in float32 first, where the coefficients are largest.
+        odd, pairs = [1] * (steps % 2), [2] * (steps // 2)
+        return odd + pairs if dtype == torch.float32 else pairs + odd
     lengths = [min(2, steps)]
     while sum(lengths) < steps:
         lengths.append(min(3, steps - sum(lengths)))
@@ -104,26 +106,38 @@ def _composed(x: Tensor, coefficients: Coefficients, products: Products) -> Tens
 
 
 def iterate(x: Tensor, variant: Variant, *, products: Products = PLAIN) -> Tensor:
-    """All steps on a normalised stack (matrices, rows, columns) with rows <= columns, in its dtype; ``x``, contiguous, is overwritten."""
+    """All steps on a normalised stack (matrices, rows, columns), in its dtype; ``x``, contiguous, is overwritten.
+
+    Matrices with more rows than columns are iterated as they lie: X P with P of X'X is the transpose of P X' with P of (X')(X')'.
+    """
+    rows, columns = x.shape[-2:]
+    tall = rows > columns
+    short, long = (columns, rows) if tall else (rows, columns)
     spare, start = torch.empty_like(x), 0
-    for length in segments(len(variant.coefficients), rows=x.shape[-2], columns=x.shape[-1], dtype=x.dtype):
-        composed = _composed(x, variant.coefficients[start : start + length], products)
-        torch.bmm(composed, x, out=spare)
-        del composed  # Or it would take memory beside the next one.
+    for length in segments(len(variant.coefficients), rows=short, columns=long, dtype=x.dtype):
+        composed = _composed(x.mT if tall else x, variant.coefficients[start : start + length], products)
+        # Written to a contiguous tensor: to a transposed one, the CPU takes a path that is thousands of times slower.
+        torch.bmm(*((x, composed) if tall else (composed, x)), out=spare)
         x, spare = spare, x
         start += length
     return x
 
 
-def _inverse_norm(x: Tensor, safety: float) -> Tensor:
-    """1 / (safety ||x||_F) per matrix, (matrices, 1, 1); 0 for zeros. Sums of squares are double where the device has it."""
-    if x.device.type == "mps":
+SAFE_NORMS = (1e-12, 1e12)
+"""Frobenius norms between which a sum of squares in float32 neither overflows nor loses small entries."""
+
+
+def _frobenius_norm(x: Tensor, *, exact: bool) -> Tensor:
+    """||x||_F per matrix, (matrices, 1, 1), of a float32 stack of any scale; not ``exact`` is faster on CPUs, to float32 rounding."""
+    if x.device.type == "mps":  # which has no double precision
         largest = x.abs().amax(dim=(-2, -1), keepdim=True)
         scaled = torch.where(largest > 0, x / largest, 0.0)
-        norm = torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True) * largest
-    else:
-        norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float64)
-    return torch.where(norm > 0, 1.0 / (norm * safety), 0.0).clamp(max=1e38).to(x.dtype)
+        return torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True) * largest
+    if x.device.type == "cpu" and not exact:
+        norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+        if ((norm > SAFE_NORMS[0]) & (norm < SAFE_NORMS[1])).all():
+            return norm
+    return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float64)
 
 
 def orthogonalize(updates: Tensor, *, variant: Variant, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -133,10 +147,14 @@ def orthogonalize(updates: Tensor, *, variant: Variant, dtype: torch.dtype = tor
     itself in float32, so its scale does not matter, however small or large; a matrix of zeros gives zeros, an empty one stays empty.
     Source: see `anarcho_optim.coefficients`.
     """
+    return orthogonalize_(updates.clone(), variant=variant, dtype=dtype)
+
+
+def orthogonalize_(updates: Tensor, *, variant: Variant, dtype: torch.dtype) -> Tensor:
+    """`orthogonalize`, with ``updates`` as its scratch memory."""
     if updates.numel() == 0:
         return updates.to(dtype)
-    x = (updates * _inverse_norm(updates, variant.safety)).to(dtype)
-    if x.shape[-2] > x.shape[-1]:
-        # Contiguous, because on the CPU a product written to a transposed tensor takes a path that is thousands of times slower.
-        return iterate(x.mT.contiguous(), variant).mT
-    return iterate(x, variant)
+    norm = _frobenius_norm(updates, exact=dtype == torch.float32)
+    inverse = torch.where(norm > 0, 1.0 / (norm * variant.safety), 0.0).clamp(max=1e38)
+    x = updates.mul_(inverse.to(updates.dtype))
+    return iterate(x.to(dtype).contiguous(), variant)

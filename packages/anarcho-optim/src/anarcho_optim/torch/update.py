@@ -19,7 +19,7 @@ from torch import Tensor
 from anarcho_optim.coefficients import iteration
 from anarcho_optim.groups import Blocks
 from anarcho_optim.scaling import shape_scale
-from anarcho_optim.torch.newton_schulz import orthogonalize, resolve_ns_dtype
+from anarcho_optim.torch.newton_schulz import orthogonalize_, resolve_ns_dtype
 
 Options = Mapping[str, Any]
 
@@ -72,7 +72,10 @@ def _neuron_blocks(neurons: Tensor, blocks: Blocks, axis: int) -> tuple[Tensor, 
 
 
 def orthogonal_blocks(updates: Tensor, blocks: Blocks, options: Options) -> list[Tensor]:
-    """The orthogonalised blocks of stacked ``updates`` (parameters, *shape): one (parameters x count, rows, columns) stack per block."""
+    """The orthogonalised blocks of stacked ``updates`` (parameters, *shape): one (parameters x count, rows, columns) stack per block.
+
+    ``updates`` may be overwritten.
+    """
     pieces = split_blocks(updates, blocks)
     variant = iteration(options["variant"], ns_steps=options["ns_steps"], ns_coefficients=options["ns_coefficients"])
     results: dict[int, Tensor] = {}
@@ -85,7 +88,7 @@ def orthogonal_blocks(updates: Tensor, blocks: Blocks, options: Options) -> list
         if options["row_equilibration"]:
             stack = equilibrate_rows(stack)
         dtype = resolve_ns_dtype(options["ns_dtype"], updates.device)
-        orthogonal = orthogonalize(stack, variant=variant, dtype=dtype)
+        orthogonal = orthogonalize_(stack, variant=variant, dtype=dtype)
         if options["frobenius_normalization"]:
             orthogonal = orthogonal.float() * frobenius_factor(orthogonal)
         results.update(zip(indices, orthogonal.chunk(len(indices)), strict=True))
@@ -102,13 +105,20 @@ def join_blocks(pieces: Sequence[Tensor], blocks: Blocks) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), dim=blocks.split_dim + 1)
 
 
+def common_scale(blocks: Blocks, options: Options) -> float | None:
+    """The scale S that all blocks of a parameter share, None where they differ."""
+    scales = {shape_scale(options["adjust_lr_fn"], *shape) for shape in blocks.shapes if 0 not in shape}
+    return scales.pop() if len(scales) == 1 else None
+
+
 def scaled_updates(
     pieces: Sequence[Tensor], out: Tensor, blocks: Blocks, options: Options, neuron_mean_sq: Tensor | None
 ) -> None:
-    """Writes S O into ``out`` (parameters, *shape) float32, with NorMuon where ``neuron_mean_sq`` (matrices, ., .) is given.
+    """Writes O, or S O where blocks differ in S, into ``out`` (parameters, *shape) float32; NorMuon where ``neuron_mean_sq`` is given.
 
-    The running mean square is updated in place.
+    The running mean square is updated in place. A scale that all blocks share is left to `apply_updates`, which applies it at no cost.
     """
+    shared = common_scale(blocks, options) is not None
     targets = split_blocks(out, blocks)
     axis = options["normuon_axis"]
     neurons = None if neuron_mean_sq is None else _neuron_blocks(neuron_mean_sq, blocks, axis)
@@ -116,27 +126,34 @@ def scaled_updates(
         if target.numel() == 0:
             continue
         target.copy_(piece)
-        factor: Tensor | float = shape_scale(options["adjust_lr_fn"], *shape)
+        factor: Tensor | float = 1.0 if shared else shape_scale(options["adjust_lr_fn"], *shape)
         if neurons is not None:
             mean_sq = target.square().mean(dim=axis)
             block = neurons[index]
             factors, running = normuon_factors(mean_sq, block.squeeze(axis), beta2=options["normuon_beta2"])
             block.copy_(running.unsqueeze(axis))
             factor = factors.unsqueeze(axis) * factor
-        target.mul_(factor)
+        if isinstance(factor, Tensor) or factor != 1.0:
+            target.mul_(factor)
 
 
 def apply_updates(
-    parameters: Sequence[Tensor], updates: Sequence[Tensor], *, lr: float, weight_decay: float, cautious: bool
+    parameters: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    *,
+    lr: float,
+    scale: float,
+    weight_decay: float,
+    cautious: bool,
 ) -> None:
-    """W <- (1 - lr wd) W - lr U in float32, rounded once to the parameter's dtype; ``cautious`` decays only where U W >= 0."""
+    """W <- (1 - lr wd) W - lr S U in float32, rounded once to the parameter's dtype; ``cautious`` decays only where U W >= 0."""
     weights = [p.float() for p in parameters]
     if weight_decay and cautious:
         for w, u in zip(weights, updates, strict=True):
             w.sub_(torch.where(w * u >= 0, w, 0.0), alpha=lr * weight_decay)
     elif weight_decay:
         torch._foreach_mul_(weights, 1 - lr * weight_decay)
-    torch._foreach_add_(weights, list(updates), alpha=-lr)
+    torch._foreach_add_(weights, list(updates), alpha=-lr * scale)
     for parameter, weight in zip(parameters, weights, strict=True):
         if parameter.dtype != torch.float32:
             parameter.copy_(weight)
