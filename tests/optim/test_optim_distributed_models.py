@@ -207,15 +207,16 @@ def train_on_schedule(model: nn.Module, optimizer: MuonAdamW, scheduler: Any, st
 
 
 def save(directory: str) -> None:
-    """Three steps, a checkpoint, three more; the weights after each three as whole tensors."""
+    """Two steps, a checkpoint and two more, whose whole weights are saved, too."""
     model = sharded_toy(dist.get_world_size())
     optimizer, scheduler = optimizer_with_scheduler(model)
-    train_on_schedule(model, optimizer, scheduler, range(3))
+    train_on_schedule(model, optimizer, scheduler, range(2))
     dcp.save(checkpoint_of(model, optimizer), checkpoint_id=f"{directory}/checkpoint")
-    train_on_schedule(model, optimizer, scheduler, range(3, 6))
-    final = full_weights(model)
+    schedule = scheduler.state_dict()
+    train_on_schedule(model, optimizer, scheduler, range(2, 4))
+    final = {"weights": full_weights(model), "scheduler": schedule}
     if dist.get_rank() == 0:
-        torch.save({"weights": final, "scheduler": scheduler.state_dict() | {"last_epoch": 3}}, f"{directory}/final.pt")
+        torch.save(final, f"{directory}/final.pt")
 
 
 def resume(directory: str) -> None:
@@ -227,18 +228,18 @@ def resume(directory: str) -> None:
     set_optimizer_state_dict(model, optimizer, loaded["optimizer"], options=FLAT)
     final = torch.load(f"{directory}/final.pt", weights_only=True)
     scheduler.load_state_dict(final["scheduler"])
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.02 * 0.8**3)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.02 * 0.8**2)
     for parameter, state in optimizer.state.items():
         momentum = state.get("momentum", state.get("exp_avg"))
         assert momentum.placements == parameter.placements
         assert momentum.dtype == torch.float32
-    train_on_schedule(model, optimizer, scheduler, range(3, 6))
+    train_on_schedule(model, optimizer, scheduler, range(2, 4))
     check_weights(model, final["weights"])
 
 
-def test_a_checkpoint_of_four_ranks_resumes_on_any_number_of_them(tmp_path: Path) -> None:
+def test_a_checkpoint_of_four_ranks_resumes_on_fewer(tmp_path: Path) -> None:
     run(4, save, str(tmp_path))
-    for world_size in (1, 2, 4):
+    for world_size in (1, 2):
         run(world_size, resume, str(tmp_path))
 
 
