@@ -15,6 +15,7 @@ Sources: Muon, Keller Jordan (https://kellerjordan.github.io/posts/muon/); AdamW
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
@@ -245,6 +246,8 @@ def _batches(members: list[Matrix]) -> Iterator[list[Matrix]]:
     for bucket in buckets.values():
         parameter = bucket[0].parameter
         size = max(1, batch_bytes(parameter.device.type) // (4 * parameter.numel())) * num_owners(parameter)
+        # As few batches as fit, but of one size: an odd remainder would leave cores idle.
+        size = math.ceil(len(bucket) / math.ceil(len(bucket) / size))
         for start in range(0, len(bucket), size):
             yield bucket[start : start + size]
 
