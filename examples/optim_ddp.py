@@ -68,7 +68,7 @@ def main() -> None:
     final = train(device)
     if dist.get_rank() == 0:
         print(f"final loss {final:.3f}")
-    dist.barrier()
+    dist.barrier()  # no rank leaves while another still talks to it
     dist.destroy_process_group()
 
 

@@ -96,7 +96,7 @@ def main() -> None:
     if dist.get_rank() == 0:
         print(f"loss after {STEPS // 2} steps {start:.3f}, after {STEPS} {uninterrupted:.3f}, resumed {resumed:.3f}")
         print(f"final loss {resumed:.3f}")
-    dist.barrier()
+    dist.barrier()  # no rank leaves while another still talks to it
     dist.destroy_process_group()
 
 
