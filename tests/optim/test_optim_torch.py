@@ -12,7 +12,15 @@ torch = pytest.importorskip("torch")
 
 import cases  # noqa: E402
 from anarcho_optim.memory import CPU_BATCH_BYTES, SCRATCH_BYTES  # noqa: E402
-from anarcho_optim.torch import Muon, MuonAdamW, native_bfloat16, qk_clip, resolve_ns_dtype, shape_scale  # noqa: E402
+from anarcho_optim.torch import (  # noqa: E402
+    Muon,
+    MuonAdamW,
+    native_bfloat16,
+    param_groups,
+    qk_clip,
+    resolve_ns_dtype,
+    shape_scale,
+)
 from torch import Tensor, nn  # noqa: E402
 from torch_toy import toy, toy_loss, toy_optimizer, train, weights_of  # noqa: E402
 
@@ -210,3 +218,15 @@ def test_qk_clip_refuses_sizes_that_do_not_fit():
         qk_clip(query, torch.ones(8, 5), max_logits=torch.ones(4))
     with pytest.raises(ValueError, match=r"threshold is 0\.0; expected a positive number"):
         qk_clip(query, key, max_logits=torch.ones(4), threshold=0.0)
+
+
+def test_a_table_of_positions_with_the_shape_of_hidden_layers_makes_no_heads_of_them():
+    model = nn.ModuleDict({"tokens": nn.Embedding(50, 16), "positions": nn.Embedding(16, 16)})
+    model["hidden"] = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False))
+    model["head"] = nn.Linear(16, 50, bias=False)
+    routed = {group["name"]: [name for name, _ in group["params"]] for group in param_groups(model)}
+    assert routed == {
+        "matrices": ["hidden.0.weight", "hidden.1.weight"],
+        "embeddings": ["tokens.weight", "positions.weight"],
+        "heads": ["head.weight"],
+    }

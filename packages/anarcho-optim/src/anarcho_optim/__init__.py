@@ -1,6 +1,7 @@
 """Muon and AdamW in one optimizer, with learning-rate schedules.
 
-``anarcho_optim.torch`` holds the PyTorch half (`MuonAdamW`, `param_groups`); importing this package loads no framework.
+``anarcho_optim.torch`` and ``anarcho_optim.mlx`` hold the halves (`MuonAdamW`, `Muon`, `param_groups`), with the same names; importing this
+package loads no framework.
 """
 
 from anarcho_optim.coefficients import VARIANTS, Variant

@@ -38,7 +38,7 @@ class OptimConfig:
     adjust_lr_fn: Literal["original", "match_rms_adamw", "spectral"] = "match_rms_adamw"
     """How the update is scaled for a matrix's shape; `match_rms_adamw` lets one learning rate serve both halves."""
     ns_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Arithmetic of the Newton-Schulz iteration; `auto` takes bfloat16 where it is native and float32 elsewhere."""
+    """Arithmetic of the Newton-Schulz iteration; `auto` takes float16 on CUDA, bfloat16 on CPUs that have it natively, else float32."""
     cautious_weight_decay: bool = False
     """Whether a matrix entry is decayed only where the update moves it towards zero."""
     normuon: bool = False

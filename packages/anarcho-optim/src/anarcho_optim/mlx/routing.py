@@ -7,6 +7,7 @@ MLX and (out, in, ...) in torch; flattened, their columns are only permuted, whi
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
@@ -38,13 +39,19 @@ def _roles(model: nn.Module) -> dict[int, str]:
     """What the type of its module says about an array, by the array's id; arrays of other modules are not listed."""
     modules = [module for _, module in model.named_modules()]
     embeddings = [m for m in modules if isinstance(m, EMBEDDING_MODULES)]
-    vocabularies = {_table_shape(m) for m in embeddings}
+    tables = {_table_shape(m) for m in embeddings}
+    # A shape that several linear layers share is that of hidden layers, which a table of positions may have by chance.
+    shapes = Counter(tuple(m.weight.shape) for m in modules if isinstance(m, nn.Linear))
     roles: dict[int, str] = {}
     for module in modules:
         if isinstance(module, CONVOLUTION_MODULES):
             depthwise = getattr(module, "groups", 1) > 1 and module.weight.shape[-1] == 1
             roles[id(module.weight)] = "small matrices" if depthwise else "convolutions"
-        elif isinstance(module, nn.Linear) and tuple(module.weight.shape) in vocabularies:
+        elif (
+            isinstance(module, nn.Linear)
+            and tuple(module.weight.shape) in tables
+            and shapes[tuple(module.weight.shape)] == 1
+        ):
             roles[id(module.weight)] = "heads"
     # Last, because an embedding stays one wherever else its table is used.
     return roles | {id(p): "embeddings" for m in embeddings for p in m.values() if isinstance(p, mx.array)}

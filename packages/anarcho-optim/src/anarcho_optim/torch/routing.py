@@ -7,6 +7,7 @@ What a parametrization makes a module's weight from counts as that weight. Names
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
@@ -46,13 +47,16 @@ def plain_name(name: str) -> str:
 def _roles(model: nn.Module) -> dict[int, str]:
     """What the type of its module says about a parameter, by the parameter's id; parameters of other modules are not listed."""
     embeddings = [m for m in model.modules() if isinstance(m, EMBEDDING_MODULES)]
-    vocabularies = {(m.num_embeddings, m.embedding_dim) for m in embeddings}
+    tables = {(m.num_embeddings, m.embedding_dim) for m in embeddings}
+    # A shape that several linear layers share is that of hidden layers, which a table of positions may have by chance.
+    linears = [(m.out_features, m.in_features) for m in model.modules() if isinstance(m, nn.Linear)]
+    shapes = Counter(shape for shape in linears if shape in tables)
     roles: dict[int, str] = {}
     for module in model.modules():
         if isinstance(module, _ConvNd):
             depthwise = module.groups > 1 and module.groups == module.in_channels
             roles |= _role_of_weights(module, "small matrices" if depthwise else "convolutions")
-        elif isinstance(module, nn.Linear) and (module.out_features, module.in_features) in vocabularies:
+        elif isinstance(module, nn.Linear) and shapes[(module.out_features, module.in_features)] == 1:
             roles |= _role_of_weights(module, "heads")
     # Last, because an embedding stays one wherever else its table is used.
     for module in embeddings:

@@ -23,20 +23,31 @@ from anarcho_optim.torch.newton_schulz import orthogonalize_, resolve_ns_dtype
 
 Options = Mapping[str, Any]
 
+CACHE_ELEMENTS = 2**17
+"""Elements of a part that is worked on at a time on the CPU."""
+
 
 def advance_momentum(
     momenta: Sequence[Tensor], gradients: Sequence[Tensor], *, momentum: float, nesterov: bool
 ) -> Tensor:
     """m <- mu m + (1 - mu) g in place; returns the updates, stacked in float32: (1 - mu) g + mu m with ``nesterov``, else m."""
     updates = torch.empty((len(momenta), *momenta[0].shape), dtype=torch.float32, device=momenta[0].device)
-    for m, g, u in zip(momenta, gradients, updates.unbind(), strict=True):
-        gradient = g.float()
-        m.lerp_(gradient, 1 - momentum)
-        if nesterov:
-            torch.lerp(gradient, m, momentum, out=u)
-        else:
-            u.copy_(m)
+    for matrices in zip(momenta, gradients, updates.unbind(), strict=True):
+        for m, g, u in zip(*map(_cache_sized, matrices), strict=True):
+            gradient = g.float()
+            m.lerp_(gradient, 1 - momentum)
+            if nesterov:
+                torch.lerp(gradient, m, momentum, out=u)
+            else:
+                u.copy_(m)
     return updates
+
+
+def _cache_sized(tensor: Tensor) -> Sequence[Tensor]:
+    """On the CPU, parts along the first dimension that stay in a core's cache from one operation to the next; elsewhere all of it."""
+    if tensor.device.type != "cpu" or tensor.numel() <= CACHE_ELEMENTS:
+        return (tensor,)
+    return tensor.split(max(1, CACHE_ELEMENTS * len(tensor) // tensor.numel()))
 
 
 def equilibrate_rows(matrices: Tensor) -> Tensor:
@@ -148,12 +159,19 @@ def apply_updates(
 ) -> None:
     """W <- (1 - lr wd) W - lr S U in float32, rounded once to the parameter's dtype; ``cautious`` decays only where U W >= 0."""
     weights = [p.float() for p in parameters]
-    if weight_decay and cautious:
+    if weights[0].device.type == "cpu" and not cautious:
+        # One matrix after the other, while it lies in the cache.
         for w, u in zip(weights, updates, strict=True):
-            w.sub_(torch.where(w * u >= 0, w, 0.0), alpha=lr * weight_decay)
-    elif weight_decay:
-        torch._foreach_mul_(weights, 1 - lr * weight_decay)
-    torch._foreach_add_(weights, list(updates), alpha=-lr * scale)
+            if weight_decay:
+                w.mul_(1 - lr * weight_decay)
+            w.add_(u, alpha=-lr * scale)
+    else:
+        if weight_decay and cautious:
+            for w, u in zip(weights, updates, strict=True):
+                w.sub_(torch.where(w * u >= 0, w, 0.0), alpha=lr * weight_decay)
+        elif weight_decay:
+            torch._foreach_mul_(weights, 1 - lr * weight_decay)
+        torch._foreach_add_(weights, list(updates), alpha=-lr * scale)
     for parameter, weight in zip(parameters, weights, strict=True):
         if parameter.dtype != torch.float32:
             parameter.copy_(weight)
