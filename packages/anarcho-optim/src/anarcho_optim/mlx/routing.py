@@ -8,18 +8,15 @@ MLX and (out, in, ...) in torch; flattened, their columns are only permuted, whi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from anarcho_optim.config import OptimConfig
-from anarcho_optim.groups import ParamGroups, adamw_options, blocks, muon_options
-
-Named = tuple[str, mx.array]
+from anarcho_optim.groups import ParamGroups
+from anarcho_optim.routing import collect_groups, kind_of
 
 EMBEDDING_MODULES = (nn.Embedding, nn.QuantizedEmbedding)
 CONVOLUTION_MODULES = (
@@ -65,58 +62,6 @@ def check_parameter(name: str, parameter: mx.array) -> None:
         )
 
 
-def _kind(name: str, parameter: mx.array, role: str | None) -> str:
-    """The group of a parameter whose module gives it ``role``."""
-    check_parameter(name, parameter)
-    if role in ("embeddings", "heads", "small matrices"):
-        return role
-    if parameter.ndim < 2:
-        return "gains and biases"
-    if parameter.ndim > 2 and role != "convolutions":
-        raise ValueError(
-            f"parameter {name} has shape {parameter.shape} and is no convolution's; expected at most two dimensions: "
-            "give it to a group of its own, with algorithm 'adamw', or 'muon' and flatten=True or flatten=False"
-        )
-    rows = parameter.shape[0]
-    if min(rows, parameter.size // max(1, rows)) <= 1:
-        return "small matrices"
-    return "convolutions" if role == "convolutions" else "matrices"
-
-
-def _options(config: OptimConfig) -> dict[str, dict[str, Any]]:
-    """The keys of each group by its name."""
-    matrices, decay = muon_options(config), config.adamw_weight_decay
-    return {
-        "matrices": matrices,
-        "convolutions": matrices | {"flatten": True},
-        "embeddings": adamw_options(config, lr=config.embedding_lr, weight_decay=decay),
-        "heads": adamw_options(config, weight_decay=decay),
-        "small matrices": adamw_options(config, weight_decay=decay),
-        "gains and biases": adamw_options(config),
-    }
-
-
-def _cut(
-    name: str, split_sizes: Mapping[str, tuple[int, ...]], num_heads: Mapping[str, int]
-) -> tuple[str, dict[str, Any]]:
-    """The suffix of the group's name and its keys for a matrix that a pattern of either mapping matches; the first one counts."""
-    for pattern, sizes in split_sizes.items():
-        if fnmatchcase(name, pattern):
-            return f" split {'+'.join(map(str, sizes))}", {"split_sizes": tuple(sizes)}
-    for pattern, heads in num_heads.items():
-        if fnmatchcase(name, pattern):
-            return f" by {heads} heads", {"num_heads": heads}
-    return "", {}
-
-
-def _check_patterns(patterns: Iterable[str], names: list[str]) -> None:
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(
-                f"the pattern {pattern!r} matches none of the {len(names)} matrices; expected the name of a matrix, * allowed"
-            )
-
-
 def param_groups(
     model: nn.Module,
     *,
@@ -133,19 +78,11 @@ def param_groups(
 
     Raises ValueError that names the parameter for one that fits neither half, and the pattern for one that matches no matrix.
     """
-    split_sizes, num_heads = split_sizes or {}, num_heads or {}
-    options = _options(config or OptimConfig())
     roles = _roles(model)
-    members: dict[str, list[Named]] = {}
-    muon_names: list[str] = []
-    for name, parameter in dict(tree_flatten(model.trainable_parameters())).items():
-        kind = _kind(name, parameter, roles.get(id(parameter)))
-        if options[kind]["algorithm"] == "muon":
-            suffix, settings = _cut(name, split_sizes, num_heads)
-            group = options.setdefault(kind + suffix, options[kind] | settings)
-            blocks(parameter.shape, group, where=f"parameter {name}")
-            muon_names.append(name)
-            kind += suffix
-        members.setdefault(kind, []).append((name, parameter))
-    _check_patterns([*split_sizes, *num_heads], muon_names)
-    return ParamGroups({"name": kind, "params": members[kind], **options[kind]} for kind in options if kind in members)
+
+    def members() -> Iterator[tuple[str, mx.array, str]]:
+        for name, parameter in dict(tree_flatten(model.trainable_parameters())).items():
+            check_parameter(name, parameter)
+            yield name, parameter, kind_of(name, parameter.shape, roles.get(id(parameter)))
+
+    return collect_groups(members(), config=config, split_sizes=split_sizes, num_heads=num_heads)

@@ -43,12 +43,12 @@ class FusedStep:
         if cuda_graph and process_group is not None:
             raise ValueError("cuda_graph is True with a process_group; expected at most one of them")
         self._cuda_graph = cuda_graph
-        self._process_group = process_group
+        self.process_group = process_group
         self._key: Any = None
         self._plan: Plan | None = None
 
     def __deepcopy__(self, memo: Any) -> FusedStep:
-        return FusedStep(cuda_graph=self._cuda_graph, process_group=self._process_group)
+        return FusedStep(cuda_graph=self._cuda_graph, process_group=self.process_group)
 
     def __reduce__(self) -> Any:
         return functools.partial(FusedStep, cuda_graph=self._cuda_graph, process_group=None), ()
@@ -102,7 +102,7 @@ class FusedStep:
 
     def _launch(self, plan: Plan) -> None:
         for batch in plan.matrices:
-            orthogonal = _orthogonalize(batch, _advance(batch, plan.settings), self._process_group)
+            orthogonal = _orthogonalize(batch, _advance(batch, plan.settings), self.process_group)
             _apply(batch, orthogonal, plan.settings)
         for vectors in plan.vectors:
             _update_vectors(vectors, plan.settings)

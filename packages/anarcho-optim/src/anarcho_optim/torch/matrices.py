@@ -139,7 +139,7 @@ def _of_tensors(
         if process_group is None
         else _shared_out(updates, cut, options, process_group, first)
     )
-    moments = _moments(batch, options)
+    moments = [local(moment) for moment in _moments(batch, options)]
     new = _scale(pieces, updates, cut, options, moments)
     if new:
         torch._foreach_copy_(moments, new)
@@ -164,13 +164,7 @@ def _of_dtensors(batch: Sequence[Matrix], updates: Tensor, options: Options, fir
 
     match distributed.kind(batch[0].parameter):
         case "plain":
-            states = [local(moment) for moment in _moments(batch, options)]
-            new = _scale(
-                orthogonal_blocks(updates, batch[0].blocks, options), updates, batch[0].blocks, options, states
-            )
-            if new:
-                torch._foreach_copy_(states, new)
-            return updates.unbind()
+            return _of_tensors(batch, updates, options, None, first)
         case "sharded":
             return _at_owners(batch, updates, options, first)
         case _:

@@ -146,7 +146,7 @@ class MuonAdamW(torch.optim.Optimizer):
         ]
         first = 0
         for batch in _batches(members):
-            update_matrices(batch, group, process_group=self._fused._process_group, first=first)
+            update_matrices(batch, group, process_group=self._fused.process_group, first=first)
             first += len(batch)
 
     def _adamw_step(self, group: Group) -> None:

@@ -8,18 +8,15 @@ What a parametrization makes a module's weight from counts as that weight. Names
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from anarcho_optim.config import OptimConfig
-from anarcho_optim.groups import ParamGroups, adamw_options, blocks, muon_options
-
-Named = tuple[str, Tensor]
+from anarcho_optim.groups import ParamGroups
+from anarcho_optim.routing import collect_groups, kind_of
 
 EMBEDDING_MODULES = (nn.Embedding, nn.EmbeddingBag)
 
@@ -79,58 +76,6 @@ def check_parameter(name: str, parameter: Tensor) -> None:
         raise ValueError(f"parameter {name} has layout {parameter.layout}; expected a dense parameter, or freeze it")
 
 
-def _kind(name: str, parameter: Tensor, role: str | None) -> str:
-    """The group of a parameter whose module gives it ``role``."""
-    check_parameter(name, parameter)
-    if role in ("embeddings", "heads", "small matrices"):
-        return role
-    if parameter.ndim < 2:
-        return "gains and biases"
-    if parameter.ndim > 2 and role != "convolutions":
-        raise ValueError(
-            f"parameter {name} has shape {tuple(parameter.shape)} and is no convolution's; expected at most two dimensions: "
-            "give it to a group of its own, with algorithm 'adamw', or 'muon' and flatten=True or flatten=False"
-        )
-    rows = parameter.shape[0]
-    if min(rows, parameter.numel() // max(1, rows)) <= 1:
-        return "small matrices"
-    return "convolutions" if parameter.ndim > 2 else "matrices"
-
-
-def _options(config: OptimConfig) -> dict[str, dict[str, Any]]:
-    """The keys of each group by its name."""
-    matrices, decay = muon_options(config), config.adamw_weight_decay
-    return {
-        "matrices": matrices,
-        "convolutions": matrices | {"flatten": True},
-        "embeddings": adamw_options(config, lr=config.embedding_lr, weight_decay=decay),
-        "heads": adamw_options(config, weight_decay=decay),
-        "small matrices": adamw_options(config, weight_decay=decay),
-        "gains and biases": adamw_options(config),
-    }
-
-
-def _settings_of(
-    name: str, split_sizes: Mapping[str, tuple[int, ...]], num_heads: Mapping[str, int]
-) -> tuple[str, dict[str, Any]]:
-    """The suffix of the group's name and its keys for a matrix that a pattern of either mapping matches."""
-    for pattern, sizes in split_sizes.items():
-        if fnmatchcase(name, pattern):
-            return f" split {'+'.join(map(str, sizes))}", {"split_sizes": tuple(sizes)}
-    for pattern, heads in num_heads.items():
-        if fnmatchcase(name, pattern):
-            return f" by {heads} heads", {"num_heads": heads}
-    return "", {}
-
-
-def _check_patterns(patterns: Iterable[str], names: list[str]) -> None:
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(
-                f"the pattern {pattern!r} matches none of the {len(names)} matrices; expected the name of a matrix, * allowed"
-            )
-
-
 def param_groups(
     model: nn.Module,
     *,
@@ -149,23 +94,14 @@ def param_groups(
 
     Raises ValueError that names the parameter for one that fits neither half, and the pattern for one that matches no matrix.
     """
-    split_sizes, num_heads = split_sizes or {}, num_heads or {}
-    options = _options(config or OptimConfig())
     model = unwrapped(model)
     roles = _roles(model)
-    members: dict[str, list[Named]] = {}
-    muon_names: list[str] = []
-    for full_name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        name = plain_name(full_name)
-        kind = _kind(name, parameter, roles.get(id(parameter)))
-        if options[kind]["algorithm"] == "muon":
-            suffix, settings = _settings_of(name, split_sizes, num_heads)
-            group = options.setdefault(kind + suffix, options[kind] | settings)
-            blocks(parameter.shape, group, where=f"parameter {name}")
-            muon_names.append(name)
-            kind += suffix
-        members.setdefault(kind, []).append((name, parameter))
-    _check_patterns([*split_sizes, *num_heads], muon_names)
-    return ParamGroups({"name": kind, "params": members[kind], **options[kind]} for kind in options if kind in members)
+
+    def members() -> Iterator[tuple[str, Tensor, str]]:
+        for full_name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                name = plain_name(full_name)
+                check_parameter(name, parameter)
+                yield name, parameter, kind_of(name, parameter.shape, roles.get(id(parameter)))
+
+    return collect_groups(members(), config=config, split_sizes=split_sizes, num_heads=num_heads)
