@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from importlib.resources import files
 
 EMBEDDED_SHA256 = "f7013f3cbe325065aedf2916a71b2e12f95ca104c97dacb7709fd8db59480c84"
+EMBEDDED_BYTES = 11_966_620
 _FILE = "data/moby-dick-and-state-of-the-union.txt.xz"
 _SHORTEST_ADDRESS = 2000
 

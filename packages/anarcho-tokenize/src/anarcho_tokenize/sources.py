@@ -1,192 +1,276 @@
-"""Documents from files: plain text, JSON lines and Parquet, each perhaps compressed.
+"""Examples from any source: files, folders and globs, the Hugging Face Hub, https, and weighted mixtures of them.
 
-Files of a directory or glob are read in the order of their sorted paths, so that a source gives the same documents each time. Nothing is
-skipped in silence but what holds no text: a line that is not JSON, a text that is not UTF-8 or a missing column is an error that names
-the place. Parquet needs pyarrow (`anarcho-tokenize[parquet]`); .zst needs Python 3.14 or zstandard (`anarcho-tokenize[zstd]`).
+`Examples` streams in constant memory, in a fixed order, and can go on exactly where it was: its `position` is a few integers. Nothing that
+is wrong with the data stops it: whatever is not as expected comes as a `BadRow` with its place, for quarantine, and rows that a filter
+leaves out come as `Dropped`. `read_documents` is for scripts: texts alone, and an error at the first bad row.
 """
 
-import glob
-import json
+import hashlib
 import os
-from collections.abc import Iterator
-from pathlib import Path
-from typing import IO
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from anarcho_tokenize.corpus import embedded_documents
+from anarcho_tokenize.config import DataConfig, SourceConfig
 from anarcho_tokenize.errors import SourceError
-from anarcho_tokenize.unpacking import COMPRESSIONS, open_unpacked, unpacking_errors
+from anarcho_tokenize.feeds import Feed, Place, local_catalog
+from anarcho_tokenize.files import EMBEDDED, find_files, require_modules
+from anarcho_tokenize.filters import EMPTY, Reason, check_texts, filter_row
+from anarcho_tokenize.mixture import next_source
+from anarcho_tokenize.reading import Fault, Row, excerpt_of
+from anarcho_tokenize.rows import Content, RowError, content_of, digest_of
 
-EMBEDDED = "embedded"
-_FORMATS = (".txt", ".jsonl", ".parquet")
-_EXPECTED = ".txt, .jsonl (each perhaps with .gz, .xz, .bz2 or .zst) or .parquet"
-_CHUNK_BYTES = 2**20
+__all__ = [
+    "EMBEDDED",
+    "BadRow",
+    "Dropped",
+    "Example",
+    "Examples",
+    "check_source",
+    "find_files",
+    "is_remote",
+    "read_documents",
+]
+
+_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """A row that is taken."""
+
+    content: Content
+    num_bytes: int
+    """UTF-8 bytes of its texts."""
+    digest: bytes
+    """`digest_of` the content, 32 bytes."""
+    source: int
+    """Number of its source in `DataConfig.mixture`."""
+    repeated: bool
+    """Whether it is of a later pass over its source."""
+    place: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BadRow:
+    """What could not be read as a row, for quarantine."""
+
+    place: str
+    """`file:line`, `file, row n`, or the file where there is no more to be read of it."""
+    reason: str
+    """What was found and what was expected, as a sentence."""
+    excerpt: str
+    """Its beginning, at most 200 characters."""
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.reason}" if self.reason[:1].isupper() else f"{self.place} {self.reason}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dropped:
+    """A row that a filter leaves out."""
+
+    source: int
+    """Number of its source in `DataConfig.mixture`."""
+    reason: Reason
+
+
+class Examples:
+    """Iterates over a source or a mixture.
+
+    `position` goes on where another one was. `is_duplicate` is asked, if `config.deduplicate`, whether it has seen a key of 16 bytes, once
+    for each row that the filters have let through. `on_retry` is told in a line of each network failure that is waited for.
+
+    Iterating raises SourceError where nothing more can be read (a changed source, a missing module, a disk that fails), and NetworkError
+    after the last attempt; files that do not exist are a FileNotFoundError at construction.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        position: Mapping[str, Any] | None = None,
+        is_duplicate: Callable[[bytes], bool] | None = None,
+        on_retry: Callable[[str], None] | None = None,
+        sleep: Callable[[float], None] | None = None,
+    ) -> None:
+        self._config = config
+        self._is_duplicate = is_duplicate if config.deduplicate else None
+        self._feeds = [
+            _feed(config, number, source, on_retry=on_retry, sleep=sleep)
+            for number, source in enumerate(config.mixture)
+        ]
+        if position is not None:
+            self._restore(position)
+        for feed in self._feeds:
+            if not is_remote(feed.source.source):
+                feed.open()
+
+    def __iter__(self) -> Iterator[Example | BadRow | Dropped]:
+        while not self._is_over and (feed := self._next_feed()) is not None:
+            row = feed.read()
+            if row is None:
+                feed.end_pass()
+            else:
+                yield self._judge(feed, row)
+
+    @property
+    def position(self) -> dict[str, Any]:
+        """Where reading is, as JSON: `Examples` with it yields what this one would yield from now on."""
+        sources = [{"identity": feed.identity, "place": asdict(feed.place)} for feed in self._feeds]
+        return {"version": _VERSION, "sources": sources}
+
+    @property
+    def progress(self) -> tuple[int, int | None]:
+        """Bytes read, as stored on disk, and about how many it will be in all, None where unknown."""
+        parts = [feed.progress() for feed in self._feeds]
+        done = sum(read for read, _ in parts)
+        if len(parts) == 1:
+            return parts[0]
+        sizes = [size for _, size in parts if size is not None]
+        if len(sizes) < len(parts):
+            return done, None
+        shares = [read / size if size else 1.0 for read, size in parts]
+        share = max(shares) if self._config.mixture_end == "first" else min(shares)
+        return done, max(done, round(done / share)) if share else sum(sizes)
+
+    @property
+    def _is_over(self) -> bool:
+        ended = (feed.place.passes > 0 for feed in self._feeds)
+        return any(ended) if self._config.mixture_end == "first" else all(ended)
+
+    def _next_feed(self) -> Feed | None:
+        number = next_source(
+            (feed.place.taken_bytes for feed in self._feeds),
+            (feed.source.weight for feed in self._feeds),
+            candidates=(not feed.place.is_done for feed in self._feeds),
+        )
+        return None if number is None else self._feeds[number]
+
+    def _judge(self, feed: Feed, row: Row) -> Example | BadRow | Dropped:
+        value = row.value
+        if isinstance(value, Fault):
+            return _bad(row.place, value)
+        try:
+            content = self._content(feed, value)
+        except RowError as error:
+            return _bad(row.place, Fault(str(error), _excerpt(value)))
+        num_bytes = check_texts(content, limit=self._config.max_document_bytes)
+        if isinstance(num_bytes, Fault):
+            return _bad(row.place, num_bytes)
+        verdict = filter_row(feed.source, value, content)
+        if isinstance(verdict, Fault):
+            return _bad(row.place, verdict)
+        digest = digest_of(content)
+        passes = feed.place.passes
+        if verdict is None and self._is_duplicate is not None and self._is_duplicate(_key(digest, passes)):
+            verdict = "duplicate"
+        if verdict is not None:
+            return Dropped(source=feed.number, reason=verdict)
+        feed.place.taken_bytes += num_bytes
+        return Example(
+            content=content,
+            num_bytes=num_bytes,
+            digest=digest,
+            source=feed.number,
+            repeated=passes > 0,
+            place=row.place,
+        )
+
+    def _content(self, feed: Feed, value: str | Mapping[str, object]) -> Content:
+        if isinstance(value, str):
+            return value
+        return content_of(value, kind=self._config.kind, text_field=feed.text_field)
+
+    def _restore(self, position: Mapping[str, Any]) -> None:
+        sources = position.get("sources", ())
+        if position.get("version") != _VERSION or len(sources) != len(self._feeds):
+            raise SourceError(
+                f"The position to go on from is of version {position.get('version')} and {len(sources)} sources; expected version "
+                f"{_VERSION} and {len(self._feeds)}, as in data.sources."
+            )
+        for feed, state in zip(self._feeds, sources, strict=True):
+            feed.identity, feed.place = state["identity"], Place(**state["place"])
 
 
 def read_documents(
-    spec: str | os.PathLike[str], *, text_field: str = "text", document_separator: str | None = None
+    spec: str | os.PathLike[str], *, text_field: str | None = None, document_separator: str | None = None
 ) -> Iterator[str]:
-    """Yield the documents of a source: `embedded`, a file, a glob, or a directory (searched to any depth).
+    """Yield the documents of a source: `embedded`, a file, a glob, a directory (searched to any depth), `https://..` or `hf://..`.
 
-    A .txt file is one document, unless `document_separator` splits it. `text_field` is the key (jsonl) or column (parquet) of the text.
-    Documents without any text are left out.
+    A .txt file is one document (of more than 16 MiB several), unless `document_separator` splits it. `text_field` is the key (jsonl) or
+    column (parquet) of the text; `text` or else `content` when not given. Documents without any text are left out.
 
     Raises FileNotFoundError for what does not exist, SourceError for content that cannot be read as expected or holds no document;
     both while iterating.
     """
-    if spec == EMBEDDED:
-        yield from embedded_documents()
-        return
-    if document_separator == "":
-        raise SourceError("document_separator is empty; expected a text that separates documents, or none.")
-    files = find_files(spec)
+    config = DataConfig(source=os.fspath(spec), text_field=text_field, document_separator=document_separator)
     found = False
-    for file in files:
-        for document in _documents(file, text_field=text_field, document_separator=document_separator):
-            if document:
-                found = True
-                yield document
+    for example in Examples(config):
+        if isinstance(example, Example):
+            found = True
+            yield str(example.content)
+        elif isinstance(example, BadRow) and example.reason != EMPTY.reason:
+            raise SourceError(str(example))
     if not found:
         raise SourceError(f"{os.fspath(spec)} holds no text; expected at least one document that is not empty.")
 
 
-def find_files(spec: str | os.PathLike[str]) -> list[Path]:
-    """The files that a path, directory or glob names, sorted. Raises FileNotFoundError or SourceError where there are none."""
-    if not os.fspath(spec):
-        raise SourceError("data.source is empty; expected 'embedded', a file, a directory or a glob.")
-    path = Path(spec)
-    if path.is_file():
-        _format(path)
-        return [path]
-    if path.is_dir():
-        if files := sorted(file for file in path.rglob("*") if _is_visible(file, under=path) and file.is_file()):
-            return files
-        raise SourceError(f"The directory {path} holds no text file; expected {_EXPECTED}.")
-    matches = sorted(Path(match) for match in glob.glob(os.fspath(spec), recursive=True))  # noqa: PTH207 - Path.glob refuses absolute patterns
-    files = [match for match in matches if match.is_file()]
-    if not files:
-        raise FileNotFoundError(
-            f"{path} does not exist; expected 'embedded', a file, a directory or a glob that matches files."
-        )
-    for file in files:
-        _format(file)
-    return files
+def is_remote(spec: str) -> bool:
+    """Whether a source is read through the network."""
+    return spec.startswith(("hf://", "https://", "http://"))
 
 
-def _format(path: Path) -> str:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSIONS:
-        suffixes.pop()
-        if suffixes and suffixes[-1] == ".parquet":
-            suffixes = []
-    if not suffixes or suffixes[-1] not in _FORMATS:
-        raise SourceError(f"{path} has an unknown kind; expected a name that ends in {_EXPECTED}.")
-    return suffixes[-1]
+def check_source(config: DataConfig) -> None:
+    """Look at what can be known of a configuration's sources before they are read, without the network.
 
+    Raises FileNotFoundError for what does not exist, and SourceError for unknown kinds of file, files that cannot be of `config.kind`,
+    names that are not well formed, and missing modules.
+    """
+    for source in config.mixture:
+        if is_remote(source.source):
+            from anarcho_tokenize.hub import check_remote
 
-def _is_visible(path: Path, *, under: Path) -> bool:
-    """Whether a directory's entry is of a kind that is read, and not hidden or within something hidden."""
-    if any(part.startswith(".") for part in path.relative_to(under).parts):
-        return False
-    try:
-        return bool(_format(path))
-    except SourceError:
-        return False
-
-
-def _documents(file: Path, *, text_field: str, document_separator: str | None) -> Iterator[str]:
-    kind = _format(file)
-    if kind == ".parquet":
-        yield from _parquet(file, text_field=text_field)
-        return
-    try:
-        with open_unpacked(file) as stream:
-            if kind == ".jsonl":
-                yield from _json_lines(file, stream, text_field=text_field)
-            elif document_separator is None:
-                yield _decode(stream.read(), file=file, offset=0)
-            else:
-                yield from _separated(file, stream, separator=document_separator.encode())
-    except PermissionError as error:
-        raise SourceError(f"{file} cannot be read: permission denied; make it readable.") from error
-    except unpacking_errors() as error:
-        raise SourceError(f"{file} cannot be read ({error}); expected a whole, valid {file.suffix} file.") from error
-
-
-def _decode(data: bytes, *, file: Path, offset: int) -> str:
-    """Text of `data`, which starts at byte `offset` of the (unpacked) file; a byte order mark at the start is not text."""
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        place = offset + error.start
-        raise SourceError(
-            f"{file} is not UTF-8: byte 0x{data[error.start]:02X} at offset {place}; convert the file to UTF-8."
-        ) from error
-    return text.removeprefix("\ufeff") if offset == 0 else text
-
-
-def _separated(file: Path, stream: IO[bytes], *, separator: bytes) -> Iterator[str]:
-    """Split at the bytes of the separator, which UTF-8 allows, holding one document at a time."""
-    pending, offset = b"", 0
-    while chunk := stream.read(_CHUNK_BYTES):
-        *whole, pending = (pending + chunk).split(separator)
-        for data in whole:
-            yield _decode(data, file=file, offset=offset)
-            offset += len(data) + len(separator)
-    yield _decode(pending, file=file, offset=offset)
-
-
-def _json_lines(file: Path, stream: IO[bytes], *, text_field: str) -> Iterator[str]:
-    offset = 0
-    for number, line in enumerate(stream, start=1):
-        text = _decode(line, file=file, offset=offset)
-        offset += len(line)
-        if text.strip():
-            yield _json_text(text, place=f"{file}:{number}", text_field=text_field)
-
-
-def _json_text(line: str, *, place: str, text_field: str) -> str:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{place} is not JSON ({error}); expected one object a line.") from error
-    if not isinstance(row, dict):
-        raise SourceError(f"{place} holds a {type(row).__name__}; expected an object with the key {text_field!r}.")
-    if text_field not in row:
-        raise SourceError(
-            f"{place} has no key {text_field!r} but {sorted(row)}; set text_field to the key of the text."
-        )
-    return _checked(row[text_field], place=place, text_field=text_field)
-
-
-def _checked(text: object, *, place: str, text_field: str) -> str:
-    if not isinstance(text, str):
-        raise SourceError(f"{place} has {type(text).__name__} as {text_field!r}; expected text.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise SourceError(
-            f"{place} holds the lone surrogate U+{ord(text[error.start]):04X}, which UTF-8 cannot represent; repair the line."
-        ) from error
-    return text
-
-
-def _parquet(file: Path, *, text_field: str) -> Iterator[str]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise SourceError(f"{file} needs pyarrow to be read; install anarcho-tokenize[parquet].") from error
-    try:
-        with parquet.ParquetFile(file) as table:
-            columns = table.schema_arrow.names
-            if text_field not in columns:
+            check_remote(source.source)
+            continue
+        for file in local_catalog(source.source).files:
+            require_modules(file)
+            if file.form not in (".txt", EMBEDDED):
+                continue
+            if config.kind != "text":
                 raise SourceError(
-                    f"{file} has no column {text_field!r} but {columns}; set text_field to the text's column."
+                    f"{file.name} is plain text, but data.kind is {config.kind!r}; expected .jsonl or .parquet."
                 )
-            row = 0
-            for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
-                for text in batch.column(0).to_pylist():
-                    row += 1
-                    yield _checked(text, place=f"{file}, row {row},", text_field=text_field)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise SourceError(f"{file} cannot be read as Parquet ({error}); expected a whole, valid file.") from error
+            if source.min_score is not None or source.languages:
+                raise SourceError(
+                    f"{file.name} is plain text without the key that a filter looks at; expected .jsonl or .parquet."
+                )
+
+
+def _feed(config: DataConfig, number: int, source: SourceConfig, **network: Any) -> Feed:
+    spec = source.source
+
+    def find(revision: str | None) -> Any:
+        if not is_remote(spec):
+            return local_catalog(spec)
+        from anarcho_tokenize.hub import remote_catalog
+
+        return remote_catalog(spec, revision=revision, retries=config.network_retries, **network)
+
+    return Feed(source, number, config.kind, config.max_document_bytes, find)
+
+
+def _key(digest: bytes, passes: int) -> bytes:
+    """What names a row among those of all sources, another one in each pass."""
+    return (hashlib.sha256(passes.to_bytes(8) + digest).digest() if passes else digest)[:16]
+
+
+def _bad(place: str, fault: Fault) -> BadRow:
+    return BadRow(place=place, reason=fault.reason, excerpt=fault.excerpt)
+
+
+def _excerpt(value: str | Mapping[str, object]) -> str:
+    """The beginning of a row, of which each column is shortened, since it may hold megabytes."""
+    if isinstance(value, str):
+        return excerpt_of(value)
+    return excerpt_of(repr({name: item[:80] if isinstance(item, str | list) else item for name, item in value.items()}))
