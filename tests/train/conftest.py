@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -63,6 +63,9 @@ class CountingText:
 
     def position(self, sample: int) -> dict[str, int]:
         return {"epoch": sample // 100, "cursor": sample % 100}
+
+    def state(self, first_sample: int, count: int) -> Literal["ready", "waiting", "ended"]:
+        return "ready"
 
     def batches(self, batch_size: int, *, max_windows: int | None = None) -> Iterator[Rows]:
         for first in range(0, max_windows or self.num_windows, batch_size):

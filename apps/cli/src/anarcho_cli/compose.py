@@ -15,7 +15,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,19 +32,12 @@ from anarcho_monitor import (
     read_memory,
 )
 from anarcho_optim import schedules
-from anarcho_tokenize import (
-    ConcatBatches,
-    SequentialBatches,
-    Tokenizer,
-    TokenShards,
-    prepare_shards,
-    read_documents,
-    train_tokenizer,
-)
+from anarcho_tokenize import NetworkError, Tokenizer, read_texts, train_tokenizer
 from anarcho_train import CheckpointError, CheckpointStore, Loop, StepSchedule, TrainResult, lock_run
 
 from anarcho_cli import config as configuration
 from anarcho_cli.config import RunConfig
+from anarcho_cli.data import RunData, open_run_data
 from anarcho_cli.diagnosis import processor_facts, system_facts
 from anarcho_cli.models import CHECKPOINTS
 from anarcho_cli.output import note
@@ -100,16 +93,20 @@ def pretrain(config: RunConfig, *, run_directory: Path, device: str, tokenizer_p
     started = time.monotonic()
     _require_precision(config, device)
     _create_run(run_directory, config, tokenizer_path)
-    with _locked(run_directory):
+    with _locked(run_directory), ExitStack() as stack:
         try:
-            _prepare(run_directory, config)
+            _prepare_tokenizer(run_directory, config)
+            data = stack.enter_context(_open_data(run_directory, config))
+        except NetworkError:
+            note(f"stopped before the training began; continue with --resume {run_directory}")
+            raise
         except (ValueError, OSError):
             shutil.rmtree(run_directory, ignore_errors=True)
             raise
         except KeyboardInterrupt:
             note(f"stopped before the training began; continue with --resume {run_directory}")
             raise
-        return _train(run_directory, config, device=device, started=started)
+        return _train(run_directory, config, data, device=device, started=started)
 
 
 def resume(run_directory: Path, *, device: str) -> RunSummary:
@@ -117,8 +114,13 @@ def resume(run_directory: Path, *, device: str) -> RunSummary:
     started = time.monotonic()
     config = configuration.load(run_directory / CONFIG_FILE)
     with _locked(run_directory):
-        _prepare(run_directory, config)
-        return _train(run_directory, config, device=device, started=started)
+        _prepare_tokenizer(run_directory, config)
+        with _open_data(run_directory, config) as data:
+            return _train(run_directory, config, data, device=device, started=started)
+
+
+def _open_data(run_directory: Path, config: RunConfig) -> AbstractContextManager[RunData]:
+    return open_run_data(config, run_directory / TOKENIZER, run_directory / DATA)
 
 
 def _require_precision(config: RunConfig, device: str) -> None:
@@ -157,55 +159,25 @@ def _locked(run_directory: Path) -> Iterator[None]:
         lock.release()
 
 
-def _prepare(run_directory: Path, config: RunConfig) -> None:
-    """Trains the tokenizer and writes the token shards, each where it is not there yet."""
-    tokenizer_directory = run_directory / TOKENIZER
-    if not tokenizer_directory.is_dir():
-        note(f"training a tokenizer of {config.tokenizer.vocab_size} pieces on {config.data.source}")
-        staging = tokenizer_directory.with_name(f".{TOKENIZER}.partial")
-        shutil.rmtree(staging, ignore_errors=True)
-        train_tokenizer(_documents(config), config=config.tokenizer).save(staging)
-        staging.rename(tokenizer_directory)
-    if not (run_directory / DATA).is_dir():
-        note("turning the text into token shards")
-        prepare_shards(
-            _documents(config),
-            Tokenizer.load(tokenizer_directory),
-            run_directory / DATA,
-            validation_fraction=config.data.validation_fraction,
-            shard_tokens=config.data.shard_tokens,
-            source=config.data.source,
-            num_threads=config.data.num_threads,
-        )
-        # Made here to refuse a text that is shorter than one sequence before anything else is done with it.
-        ConcatBatches(
-            TokenShards.open(run_directory / DATA / "train"), length=config.sequence_length, seed=config.train.seed
-        )
+def _prepare_tokenizer(run_directory: Path, config: RunConfig) -> None:
+    """Trains the tokenizer where it is not there yet."""
+    directory = run_directory / TOKENIZER
+    if directory.is_dir():
+        return
+    note(f"training a tokenizer of {config.tokenizer.vocab_size} pieces on {config.data.name}")
+    staging = directory.with_name(f".{TOKENIZER}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    train_tokenizer(read_texts(config.data, notify=note), config=config.tokenizer).save(staging)
+    staging.rename(directory)
 
 
-def _documents(config: RunConfig) -> Iterator[str]:
-    data = config.data
-    return read_documents(data.source, text_field=data.text_field, document_separator=data.document_separator)
-
-
-def _open_shards(run_directory: Path, part: str, tokenizer: Tokenizer) -> TokenShards:
-    """A part of the run's data, checked against its hashes and its tokenizer."""
-    shards = TokenShards.open(run_directory / DATA / part)
-    if shards.tokenizer_sha256 != tokenizer.sha256:
-        raise ValueError(
-            f"{shards.directory} was made by another tokenizer than {run_directory / TOKENIZER}; put that one back, or start a new run"
-        )
-    shards.verify()
-    return shards
-
-
-def _train(run_directory: Path, config: RunConfig, *, device: str, started: float) -> RunSummary:
+def _train(run_directory: Path, config: RunConfig, data: RunData, *, device: str, started: float) -> RunSummary:
     tokenizer = Tokenizer.load(run_directory / TOKENIZER)
     _require_prompt(config, tokenizer)
     step = _make_step(config, tokenizer, device=device)
     progress_sinks = _sinks(run_directory, config)
     try:
-        loop = _make_loop(run_directory, config, step, progress_sinks, tokenizer, device=device)
+        loop = _make_loop(run_directory, config, data, step, progress_sinks, tokenizer, device=device)
         loop.checkpoints.sweep()
         if checkpoint := loop.checkpoints.latest_valid(notify=note):
             _require_same_run(loop, checkpoint)
@@ -263,10 +235,16 @@ def _make_step(config: RunConfig, tokenizer: Tokenizer, *, device: str) -> Torch
 
 
 def _make_loop(
-    run_directory: Path, config: RunConfig, step: TorchStep, sink: Sinks, tokenizer: Tokenizer, *, device: str
+    run_directory: Path,
+    config: RunConfig,
+    data: RunData,
+    step: TorchStep,
+    sink: Sinks,
+    tokenizer: Tokenizer,
+    *,
+    device: str,
 ) -> Loop:
-    train, validation = (_open_shards(run_directory, part, tokenizer) for part in ("train", "validation"))
-    length, isolate = config.sequence_length, config.data.isolate_documents
+    checkpoints = CheckpointStore(run_directory / CHECKPOINTS, keep_last=config.train.keep_last)
 
     def schedule(number: int) -> StepSchedule:
         return StepSchedule(
@@ -276,14 +254,12 @@ def _make_loop(
 
     return Loop(
         step=step,
-        batches=ConcatBatches(train, length=length, seed=config.train.seed, isolate_documents=isolate),
-        validation=SequentialBatches(validation, length=length, isolate_documents=isolate)
-        if validation.num_tokens
-        else None,
+        batches=data.train,
+        validation=data.validation,
         schedule=schedule,
         config=config.train,
-        sequence_length=length,
-        checkpoints=CheckpointStore(run_directory / CHECKPOINTS, keep_last=config.train.keep_last),
+        sequence_length=config.sequence_length,
+        checkpoints=checkpoints,
         sink=sink,
         early_stopping=EarlyStopping(
             patience=config.train.early_stopping_patience, min_delta=config.train.early_stopping_min_delta
@@ -291,11 +267,11 @@ def _make_loop(
         hashes={
             "config": hashlib.sha256((run_directory / CONFIG_FILE).read_bytes()).hexdigest(),
             "tokenizer": tokenizer.sha256,
-            "data": hashlib.sha256(f"{train.fingerprint}{validation.fingerprint}".encode()).hexdigest(),
+            "data": data.sha256,
         },
         throughput=Throughput(
             total_steps=config.train.steps,
-            flops_per_token=training_flops_per_token(config.model, length),
+            flops_per_token=training_flops_per_token(config.model, config.sequence_length),
             peak_flops=config.monitor.peak_flops or peak_flops(_device_name(device)),
         ),
         gauges=lambda: read_memory(device).metrics(),
@@ -304,10 +280,15 @@ def _make_loop(
             "precision": str(step.precision).removeprefix("torch."),
             "compiled": step.compiled,
             "parameters": config.model.num_parameters,
-            "train_tokens": train.num_tokens,
-            "validation_tokens": validation.num_tokens,
+            **data.facts,
         },
+        on_checkpoint=lambda: data.release(_first_needed_sample(checkpoints)),
     )
+
+
+def _first_needed_sample(checkpoints: CheckpointStore) -> int:
+    """The sample that the oldest checkpoint goes on with from which the run may have to be resumed."""
+    return min((checkpoints.read_state(path)["samples"] for path in checkpoints.recent()), default=0)
 
 
 def _device_name(device: str) -> str:

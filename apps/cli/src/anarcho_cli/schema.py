@@ -50,7 +50,7 @@ def build(section: str, config_class: type[Config], values: Mapping[str, Any], o
     refused by the dataclass itself, with its own ValueError.
     """
     hints = field_types(config_class)
-    plain = {key: None if value == NONE and _optional(hints[key]) else value for key, value in values.items()}
+    plain = {key: _with_absent(value, hints[key]) for key, value in values.items()}
     try:
         # JSON mode, because strict Python mode would refuse a list for a tuple and a string for a path.
         checked = model_of(config_class).model_validate_json(json.dumps(plain, default=str), strict=True)
@@ -65,10 +65,25 @@ def _instance(config_class: type[Config], checked: pydantic.BaseModel) -> Config
     """The dataclass with the keys that were given; the others keep the dataclass's own defaults."""
     values = {key: getattr(checked, key) for key in checked.model_fields_set}
     for key, value in values.items():
-        nested = _nested(field_types(config_class)[key])
-        if nested is not None and value is not None:
+        hint = field_types(config_class)[key]
+        if (nested := _nested(hint)) is not None and value is not None:
             values[key] = _instance(nested, value)
+        elif (item := _item(hint)) is not None:
+            values[key] = tuple(_instance(item, element) for element in value)
     return config_class(**values)
+
+
+def _with_absent(value: Any, hint: Any) -> Any:
+    """The value of a TOML file with None where it says "none", tables inside it included."""
+    if value == NONE and _optional(hint):
+        return None
+    if isinstance(value, list) and (item := _item(hint)) is not None:
+        return [_with_absent(element, item) for element in value]
+    owner = hint if dataclasses.is_dataclass(hint) else _nested(hint)
+    if isinstance(value, dict) and isinstance(owner, type):
+        hints = field_types(owner)
+        return {key: _with_absent(inner, hints.get(key)) for key, inner in value.items()}
+    return value
 
 
 def _sentence(section: str, config_class: type, path: Sequence[str], error: Mapping[str, Any]) -> str:
@@ -76,6 +91,9 @@ def _sentence(section: str, config_class: type, path: Sequence[str], error: Mapp
     hint: Any = config_class
     shown = section
     for key in path:
+        if (item := _item(hint)) is not None and key.isdecimal():
+            hint, shown = item, f"{shown}[{int(key) + 1}]"
+            continue
         owner = hint if dataclasses.is_dataclass(hint) else _nested(hint)
         if owner is None:
             break
@@ -98,8 +116,11 @@ def model_of(config_class: type) -> type[pydantic.BaseModel]:
         default: dict[str, Any] = {} if field.default is dataclasses.MISSING else {"default": field.default}
         if field.default_factory is not dataclasses.MISSING:
             default = {"default_factory": field.default_factory}
-        nested = _nested(hints[field.name])
-        hint = hints[field.name] if nested is None else model_of(nested) | None
+        hint = hints[field.name]
+        if (nested := _nested(hint)) is not None:
+            hint = model_of(nested) | None
+        elif (item := _item(hint)) is not None:
+            hint = tuple[model_of(item), ...]  # type: ignore[misc]
         fields[field.name] = (hint, pydantic.Field(description=descriptions.get(field.name), **default))
     settings = pydantic.ConfigDict(extra="forbid", protected_namespaces=())
     return pydantic.create_model(config_class.__name__, __config__=settings, __doc__=config_class.__doc__, **fields)
@@ -162,6 +183,8 @@ def describe(hint: Any) -> str:
         return f'{some}, or "{NONE}"' if types.NoneType in arguments else some
     if origin is Literal:
         return "one of " + ", ".join(f'"{argument}"' for argument in arguments)
+    if _item(hint) is not None:
+        return "a list of tables"
     if origin in (tuple, list):
         item = {int: "whole numbers", float: "numbers", str: "strings"}.get(arguments[0] if arguments else None)
         return f"a list of {item}" if item else "a list"
@@ -170,8 +193,18 @@ def describe(hint: Any) -> str:
 
 def _nested(hint: Any) -> type | None:
     """The dataclass in a type such as ``RopeScaling | None``: a table inside the section."""
+    if get_origin(hint) not in (Union, types.UnionType):
+        return None
     found = (item for item in get_args(hint) if isinstance(item, type) and dataclasses.is_dataclass(item))
     return next(found, None)
+
+
+def _item(hint: Any) -> type | None:
+    """The dataclass in a type such as ``tuple[SourceConfig, ...]``: one of several tables inside the section."""
+    if get_origin(hint) is not tuple or not get_args(hint):
+        return None
+    item = get_args(hint)[0]
+    return item if isinstance(item, type) and dataclasses.is_dataclass(item) else None
 
 
 def _optional(hint: Any) -> bool:

@@ -1,6 +1,6 @@
 """Text to token ids to packed batches, with SentencePiece and NumPy alone.
 
-The path is one: `read_documents` -> `train_tokenizer` -> `prepare_shards` -> `TokenShards` -> `ConcatBatches`.
+The path is one: a source -> `train_tokenizer` -> `prepare_shards` -> `TokenShards` -> `PackedBatches` or `BucketBatches`.
 Names are resolved on first use, so that `import anarcho_tokenize` and its configurations load neither NumPy nor SentencePiece.
 """
 
@@ -8,55 +8,87 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from anarcho_tokenize.background import Producer, StreamedBatches
     from anarcho_tokenize.bpe import StreamDecoder, Tokenizer
-    from anarcho_tokenize.chat import CHAT_TEMPLATE, encode_chat
-    from anarcho_tokenize.config import DataConfig, TokenizerConfig
+    from anarcho_tokenize.buckets import BucketBatches, SequentialBucketBatches
+    from anarcho_tokenize.chat import CHAT_TEMPLATE, encode_chat, encode_conversation, encode_preference
+    from anarcho_tokenize.config import DataConfig, SourceConfig, TokenizerConfig
     from anarcho_tokenize.corpus import embedded_documents
     from anarcho_tokenize.errors import ShardError, SourceError, TokenizerError
-    from anarcho_tokenize.inspect import ShardsReport, TokenizerReport, inspect_shards, inspect_tokenizer
-    from anarcho_tokenize.packing import Batch, ConcatBatches, SequentialBatches
-    from anarcho_tokenize.preparation import prepare_shards
+    from anarcho_tokenize.importing import import_tokenizer
+    from anarcho_tokenize.inspect import TokenizerReport, inspect_tokenizer
+    from anarcho_tokenize.packing import Batch, PackedBatches, SequentialBatches
+    from anarcho_tokenize.preparation import prepare_shards, read_texts, release, write_shards
+    from anarcho_tokenize.production import PreparationReport
+    from anarcho_tokenize.rows import Message, Preference
+    from anarcho_tokenize.shard_report import ShardsReport, inspect_shards
     from anarcho_tokenize.shards import TokenShards
-    from anarcho_tokenize.sources import read_documents
+    from anarcho_tokenize.sources import BadRow, Dropped, Example, Examples, NetworkError, check_source, read_documents
     from anarcho_tokenize.training import train_tokenizer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CHAT_TEMPLATE",
+    "BadRow",
     "Batch",
-    "ConcatBatches",
+    "BucketBatches",
     "DataConfig",
+    "Dropped",
+    "Example",
+    "Examples",
+    "Message",
+    "NetworkError",
+    "PackedBatches",
+    "Preference",
+    "PreparationReport",
+    "Producer",
     "SequentialBatches",
+    "SequentialBucketBatches",
     "ShardError",
     "ShardsReport",
+    "SourceConfig",
     "SourceError",
     "StreamDecoder",
+    "StreamedBatches",
     "TokenShards",
     "Tokenizer",
     "TokenizerConfig",
     "TokenizerError",
     "TokenizerReport",
+    "check_source",
     "embedded_documents",
     "encode_chat",
+    "encode_conversation",
+    "encode_preference",
+    "import_tokenizer",
     "inspect_shards",
     "inspect_tokenizer",
     "prepare_shards",
     "read_documents",
+    "read_texts",
+    "release",
     "train_tokenizer",
+    "write_shards",
 ]
 
 _HOMES = {
+    "background": ("Producer", "StreamedBatches"),
     "bpe": ("StreamDecoder", "Tokenizer"),
-    "chat": ("CHAT_TEMPLATE", "encode_chat"),
-    "config": ("DataConfig", "TokenizerConfig"),
+    "buckets": ("BucketBatches", "SequentialBucketBatches"),
+    "chat": ("CHAT_TEMPLATE", "encode_chat", "encode_conversation", "encode_preference"),
+    "config": ("DataConfig", "SourceConfig", "TokenizerConfig"),
     "corpus": ("embedded_documents",),
     "errors": ("ShardError", "SourceError", "TokenizerError"),
-    "inspect": ("ShardsReport", "TokenizerReport", "inspect_shards", "inspect_tokenizer"),
-    "packing": ("Batch", "ConcatBatches", "SequentialBatches"),
-    "preparation": ("prepare_shards",),
+    "importing": ("import_tokenizer",),
+    "inspect": ("TokenizerReport", "inspect_tokenizer"),
+    "packing": ("Batch", "PackedBatches", "SequentialBatches"),
+    "preparation": ("prepare_shards", "read_texts", "release", "write_shards"),
+    "production": ("PreparationReport",),
+    "rows": ("Message", "Preference"),
+    "shard_report": ("ShardsReport", "inspect_shards"),
     "shards": ("TokenShards",),
-    "sources": ("read_documents",),
+    "sources": ("BadRow", "Dropped", "Example", "Examples", "NetworkError", "check_source", "read_documents"),
     "training": ("train_tokenizer",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

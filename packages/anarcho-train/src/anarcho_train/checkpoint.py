@@ -139,6 +139,10 @@ class CheckpointStore:
             )
         return None
 
+    def recent(self) -> Sequence[Path]:
+        """The newest sound checkpoints, at most `keep_last`, oldest first: those that a run may go on from."""
+        return [info.path for info in self.list(check_hashes=False) if info.valid][-self.keep_last :]
+
     def best(self) -> Path | None:
         """The sound checkpoint with the lowest validation loss, or None where no checkpoint has one."""
         best = _best([info for info in self.list() if info.valid])

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from anarcho_train.checkpoint import CheckpointStore
 from anarcho_train.config import TrainConfig
@@ -22,6 +22,9 @@ from anarcho_train.step import Batch, LossSum, Step, StepMetrics, StepSchedule
 
 MAX_SKIPPED_STEPS = 10
 """So many steps in a row without a finite gradient end the run: it has diverged and would only burn time."""
+
+WAIT_SECONDS = 0.02
+"""How often a run that waits for data looks for it."""
 
 
 class TrainingBatches(Protocol):
@@ -33,6 +36,10 @@ class TrainingBatches(Protocol):
 
     def position(self, sample: int) -> dict[str, int]:
         """Where the sample stands, as integers that a person can read (epoch, cursor)."""
+        ...
+
+    def state(self, first_sample: int, count: int) -> Literal["ready", "waiting", "ended"]:
+        """Whether these samples are there, will be, or never will be because the data has come to its end."""
         ...
 
 
@@ -163,12 +170,15 @@ class Loop:
     """Further values for each "train" record, such as memory readings."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What the "start" record of this attempt says besides the step."""
+    on_checkpoint: Callable[[], None] = lambda: None
+    """Called after each checkpoint, when samples before it may be let go."""
 
     def __post_init__(self) -> None:
         self._per_step = self.config.batch_sequences(self.sequence_length)
         self._result = TrainResult(step=0, tokens=0)
         self._compared_loss: float | None = None
         self._finished = False
+        self._saved_step: int | None = None
 
     def resume(self, checkpoint: Path) -> None:
         """Restores the state of ``checkpoint``; raises `CheckpointError` or ValueError if it does not fit."""
@@ -185,6 +195,7 @@ class Loop:
         )
         self._compared_loss = state.get("compared_loss")
         self._finished = bool(state.get("finished"))
+        self._saved_step = self._result.step
 
     def run(self) -> TrainResult:
         """Trains up to the configured number of steps, or until early stopping or a signal, and returns how it ended."""
@@ -194,7 +205,7 @@ class Loop:
         self.throughput.begin(result.step)
         self._write("start", **self.facts)
         with StopSignal() as stop:
-            while result.step < config.steps and not self._finished:
+            while result.step < config.steps and not self._finished and self._await_batch(stop):
                 metrics = self._train_step()
                 losses.append(metrics.loss)
                 skipped = skipped + 1 if metrics.skipped else 0
@@ -208,15 +219,54 @@ class Loop:
                 if self.validation and (last or (config.eval_every and result.step % config.eval_every == 0)):
                     improved = self._evaluate(self.validation, last=last)
                 due = config.checkpoint_every and result.step % config.checkpoint_every == 0
-                if last or due or improved or self._finished or stop.requested:
+                if last or due or improved or self._finished:
                     self._save()
                 if self._finished and not last:
                     self._event("early stopping: the validation loss has not improved for too long")
                 elif stop.requested:
-                    result.stopped_by = None if last else stop.number
-                    self._event(f"stopped by signal {stop.number}; the state is saved")
                     break
+            if stop.requested:
+                self._stop(stop)
         return result
+
+    def _await_batch(self, stop: StopSignal) -> bool:
+        """Waits until the next step's samples are there; False where a signal or the end of the data says to end the run.
+
+        Whatever the data fails with for good, the state is saved first.
+        """
+        first = self._result.step * self._per_step
+        with self.throughput.waiting():
+            while not stop.requested:
+                try:
+                    state = self.batches.state(first, self._per_step)
+                except (ValueError, OSError):
+                    self._save()
+                    raise
+                if state == "ready":
+                    return True
+                if state == "ended":
+                    self._end_of_data()
+                    return False
+                time.sleep(WAIT_SECONDS)
+        return False
+
+    def _end_of_data(self) -> None:
+        """The data is used up before the configured number of steps: the run ends as if this had been its last step."""
+        self._event(f"the data has come to its end after {self._result.step} of {self.config.steps} steps")
+        if self.validation and self._result.step:
+            if self._compared_loss is None:
+                self._evaluate(self.validation, last=True)
+            else:
+                self._measure(self.validation, max_tokens=None)
+        self._finished = True
+        self._save()
+
+    def _stop(self, stop: StopSignal) -> None:
+        """A signal came: the state is saved, and unless the run was at its end anyway, the signal is how it ended."""
+        self._save()
+        if self._result.step < self.config.steps and not self._finished:
+            self._result.stopped_by = stop.number
+        self._event(f"stopped by signal {stop.number}; the state is saved")
 
     def _train_step(self) -> StepMetrics:
         result, micro = self._result, self.config.micro_batch
@@ -259,7 +309,10 @@ class Loop:
         return loss
 
     def _save(self) -> None:
+        """Writes a checkpoint, unless this very step has one or there is nothing to keep yet."""
         result = self._result
+        if result.step in (0, self._saved_step):
+            return
         sample = result.step * self._per_step
         state = {
             "tokens": result.tokens,
@@ -274,7 +327,9 @@ class Loop:
         started = time.monotonic()
         with self.throughput.pause("checkpoint"):
             result.checkpoint = self.checkpoints.save(result.step, self.step.save, state=state, hashes=self.hashes)
+        self._saved_step = result.step
         self._write("checkpoint", path=str(result.checkpoint.name), seconds=time.monotonic() - started)
+        self.on_checkpoint()
 
     def _log(self, metrics: StepMetrics, losses: list[float]) -> None:
         """Records the mean and the largest loss since the last record, and the rest as of now."""

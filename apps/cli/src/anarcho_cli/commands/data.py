@@ -11,7 +11,7 @@ import typer
 from anarcho_cli.commands.config import FileOption, JsonOption, SetOption
 
 if TYPE_CHECKING:
-    from anarcho_tokenize import ShardsReport
+    from anarcho_tokenize import ShardsReport, Tokenizer
 
 app = typer.Typer(help="Turn text into token shards, or look into shards.", no_args_is_help=True)
 
@@ -19,38 +19,47 @@ app = typer.Typer(help="Turn text into token shards, or look into shards.", no_a
 @app.command()
 def prepare(
     tokenizer: Annotated[Path, typer.Option("--tokenizer", help="A tokenizer or model directory.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write; it must not be there yet.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Directory to write; what was interrupted there is continued.")
+    ],
     source: Annotated[
-        str, typer.Argument(metavar="SPEC", help="Text: a file, glob, directory, or `embedded`.")
-    ] = "embedded",
+        str | None,
+        typer.Argument(metavar="[SPEC]", help="Text: a file, glob, directory, `hf://name` or `embedded`."),
+    ] = None,
+    kind: Annotated[
+        str | None, typer.Option("--kind", help="What a row is: text, chat or preference; sets data.kind.")
+    ] = None,
     file: FileOption = None,
     overrides: SetOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Tokenize a text into training and validation shards; prints their directory."""
+    """Tokenize a text into training and validation shards; prints their directory.
+
+    Interrupted, the same command goes on where it was. Rows that cannot be used are listed in quarantine.jsonl.
+    """
     from anarcho_cli.config import resolve
     from anarcho_cli.layers import Layer
-    from anarcho_cli.output import print_json
-    from anarcho_cli.places import refuse_existing
+    from anarcho_cli.output import note, print_json
+    from anarcho_cli.preparation_progress import PreparationProgress
 
-    refuse_existing(out, option="--out")
-    layer = Layer(origin="SPEC", sections={"data": {"source": source}})
+    given = {"source": source, "kind": kind}
+    layer = Layer(
+        origin="the command line",
+        sections={"data": {key: value for key, value in given.items() if value is not None}},
+    )
     settings = resolve(preset=None, file=file, overrides=overrides or [], options=[layer]).data
 
-    from anarcho_tokenize import Tokenizer, prepare_shards, read_documents
+    from anarcho_tokenize import Tokenizer, prepare_shards
 
-    prepare_shards(
-        read_documents(settings.source, text_field=settings.text_field, document_separator=settings.document_separator),
-        Tokenizer.load(tokenizer),
-        out,
-        validation_fraction=settings.validation_fraction,
-        shard_tokens=settings.shard_tokens,
-        source=settings.source,
-        num_threads=settings.num_threads,
-    )
+    with PreparationProgress() as progress:
+        report = prepare_shards(settings, Tokenizer.load(tokenizer), out, on_progress=progress.show, notify=note)
+    for line in progress.summary(report):
+        note(line)
+    if report.quarantined:
+        note(f"{out / 'quarantine.jsonl'} says why {report.quarantined} rows cannot be used")
     if json:
-        splits = {name: dataclasses.asdict(report) for name, report in _reports(out).items()}
-        print_json({"directory": str(out), "splits": splits})
+        splits = {name: dataclasses.asdict(split) for name, split in _reports(out).items()}
+        print_json({"directory": str(out), **dataclasses.asdict(report), "splits": splits})
     else:
         print(out)
 
@@ -59,41 +68,74 @@ def prepare(
 def inspect(
     path: Annotated[Path, typer.Argument(help="A directory of shards, or a run.")],
     tokenizer: Annotated[
-        Path | None, typer.Option("--tokenizer", help="Show the beginning of the first document with this tokenizer.")
+        Path | None, typer.Option("--tokenizer", help="Tokenizer that decodes; of a run, its own when left out.")
     ] = None,
+    samples: Annotated[
+        int, typer.Option("--samples", "-n", min=0, help="Show so many packed sequences, with a tokenizer.")
+    ] = 2,
+    length: Annotated[int, typer.Option("--length", min=1, help="Tokens of these sequences.")] = 256,
+    packing: Annotated[
+        str | None, typer.Option("--packing", help="How they are packed: concat, or best-fit as for conversations.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Which sequences are shown.")] = 0,
     verify: Annotated[bool, typer.Option("--verify", help="Compare every shard with its recorded sha256.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Show how much text a directory of shards holds."""
-    from anarcho_cli.output import print_json, print_table, printable
+    """Show how much text a directory of shards holds, and what packed sequences of it look like.
 
-    reports = _reports(path, tokenizer=tokenizer, verify=verify)
+    In a sequence, documents are set apart, and tokens that do not count as targets are dim.
+    """
+    from anarcho_cli.output import print_json, print_table
+
+    root = path / "data" if (path / "data").is_dir() else path
+    decoder = _tokenizer(path, tokenizer)
+    reports = _reports(root, tokenizer=decoder, verify=verify)
     if json:
         print_json({name: dataclasses.asdict(report) for name, report in reports.items()})
         return
-    columns = ["split", "#documents", "#tokens", "#bytes", "#bytes/token", "#median length", "fingerprint", "source"]
+    columns = ["split", "kind", "#documents", "#tokens", "#bytes", "#bytes/token", "#median length", "fingerprint"]
     rows = []
     for name, report in reports.items():
         counts = (report.documents, report.tokens, report.bytes, f"{report.bytes_per_token:.2f}")
         median = report.length_quantiles.get(0.5, "-")
-        rows.append((name, *counts, median, report.fingerprint[:12], report.source))
-    print_table(columns, rows)
-    for name, report in reports.items():
-        if report.first_document is not None:
-            print(f"{name} begins:\n\n{printable(report.first_document)}\n")
+        kind = report.kind if report.complete else f"{report.kind}, not complete"
+        rows.append((name, kind, *counts, median, report.fingerprint[:12]))
+    print_table([*columns, "source"], [(*row, reports[str(row[0])].source) for row in rows])
+    if decoder is not None and samples:
+        _show_samples(root, decoder, count=samples, length=length, packing=packing, seed=seed)
 
 
-def _reports(path: Path, *, tokenizer: Path | None = None, verify: bool = False) -> dict[str, ShardsReport]:
-    """Name of a split -> what its shards hold; a run's shards lie in its `data` folder."""
-    from anarcho_tokenize import Tokenizer, TokenShards, inspect_shards
+def _tokenizer(path: Path, given: Path | None) -> Tokenizer | None:
+    from anarcho_tokenize import Tokenizer
 
-    root = path / "data" if (path / "data").is_dir() else path
-    folders = [root / name for name in ("train", "validation") if (root / name).is_dir()]
-    decoder = None if tokenizer is None else Tokenizer.load(tokenizer)
-    reports: dict[str, ShardsReport] = {}
-    for folder in folders or [root]:
+    own = path / "tokenizer"
+    directory = given or (own if own.is_dir() else None)
+    return None if directory is None else Tokenizer.load(directory)
+
+
+def _show_samples(root: Path, tokenizer: Tokenizer, *, count: int, length: int, packing: str | None, seed: int) -> None:
+    from anarcho_tokenize import TokenShards
+
+    from anarcho_cli.sample_view import print_samples
+
+    for folder in _folders(root)[:1]:
         shards = TokenShards.open(folder)
+        print_samples(shards, tokenizer, count=count, length=length, packing=packing, seed=seed)
+
+
+def _folders(root: Path) -> list[Path]:
+    """The parts of prepared data, or the directory itself where it is one."""
+    return [root / name for name in ("train", "validation") if (root / name).is_dir()] or [root]
+
+
+def _reports(root: Path, *, tokenizer: Tokenizer | None = None, verify: bool = False) -> dict[str, ShardsReport]:
+    """Name of a split -> what its shards hold."""
+    from anarcho_tokenize import TokenShards, inspect_shards
+
+    reports: dict[str, ShardsReport] = {}
+    for folder in _folders(root):
+        shards = TokenShards.open(folder, growing=True)
         if verify:
             shards.verify()
-        reports[folder.name] = inspect_shards(shards, decoder)
+        reports[folder.name] = inspect_shards(shards, tokenizer)
     return reports

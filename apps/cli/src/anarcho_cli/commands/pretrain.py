@@ -60,7 +60,7 @@ def pretrain(
     from anarcho_cli.runs import new_run_directory
 
     directory = new_run_directory(runs_dir, name, preset=preset)
-    _require_source(config.data.source)
+    _require_source(config)
     if dry_run:
         _print_plan(config, device=device, json=json)
         return
@@ -104,12 +104,15 @@ def _configuration(
     return resolve(preset=preset, file=file, overrides=overrides, options=options)
 
 
-def _require_source(source: str) -> None:
+def _require_source(config: RunConfig) -> None:
     """Find the text now, so that a wrong path leaves no run behind."""
-    from anarcho_tokenize.sources import EMBEDDED, find_files
+    from anarcho_tokenize import check_source
 
-    if source != EMBEDDED:
-        find_files(source)
+    from anarcho_cli.layers import ConfigError
+
+    if config.data.kind != "text":
+        raise ConfigError(f"data.kind is '{config.data.kind}'; expected 'text' for pre-training")
+    check_source(config.data)
 
 
 def _print_plan(config: RunConfig, *, device: Device, json: bool) -> None:

@@ -1,0 +1,141 @@
+"""A run's data: token shards that are prepared before the training, or streamed beside it; one path for both."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anarcho_tokenize import (
+    PackedBatches,
+    Producer,
+    SequentialBatches,
+    StreamedBatches,
+    Tokenizer,
+    TokenShards,
+    prepare_shards,
+)
+
+from anarcho_cli.config import RunConfig
+from anarcho_cli.output import note
+from anarcho_cli.preparation_progress import PreparationProgress
+
+_POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """What the training loop reads."""
+
+    train: PackedBatches | StreamedBatches
+    """Endless, or of a single epoch with data.disk_budget."""
+    validation: SequentialBatches | None
+    """None without data.validation_fraction."""
+    sha256: str
+    """Names the data in checkpoints; of a stream, what it follows from."""
+    facts: dict[str, Any]
+    """For the run's "start" record."""
+    release: Callable[[int], None]
+    """Told that the samples before a number are not needed any more."""
+
+
+@contextmanager
+def open_run_data(config: RunConfig, tokenizer_directory: Path, directory: Path) -> Iterator[RunData]:
+    """The batches of a run whose shards are in ``directory``, which are made, continued or streamed as the configuration says.
+
+    Raises the ValueError or OSError of a source that cannot be read.
+    """
+    tokenizer = Tokenizer.load(tokenizer_directory)
+    if config.data.streams:
+        with ExitStack() as stack:
+            producer = Producer(config.data, tokenizer_directory, directory, notify=note)
+            stack.callback(producer.stop)
+            yield _streamed(config, directory, tokenizer, producer)
+        return
+    prepare(config, tokenizer, directory)
+    yield _prepared(config, directory, tokenizer)
+
+
+def prepare(config: RunConfig, tokenizer: Tokenizer, directory: Path) -> None:
+    """Write all shards, or those that an interrupted attempt left to do."""
+    with PreparationProgress() as progress:
+        report = prepare_shards(config.data, tokenizer, directory, on_progress=progress.show, notify=note)
+    if progress.shown:
+        for line in progress.summary(report):
+            note(line)
+
+
+def _prepared(config: RunConfig, directory: Path, tokenizer: Tokenizer) -> RunData:
+    train, validation = (_open(directory / part, tokenizer) for part in ("train", "validation"))
+    for shards in (train, validation):
+        shards.verify()
+    return RunData(
+        train=_packed(config, train),
+        validation=_sequential(config, validation) if validation.num_tokens else None,
+        sha256=hashlib.sha256(f"{train.fingerprint}{validation.fingerprint}".encode()).hexdigest(),
+        facts={"train_tokens": train.num_tokens, "validation_tokens": validation.num_tokens},
+        release=lambda sample: None,
+    )
+
+
+def _streamed(config: RunConfig, directory: Path, tokenizer: Tokenizer, producer: Producer) -> RunData:
+    """Waits for what there must be before the first step: the validation part, and the index of the training part."""
+    note("reading the beginning of the stream")
+    train = _await(directory / "train", tokenizer, producer, complete=False)
+    validation = None
+    if config.data.validation_fraction:
+        validation = _await(directory / "validation", tokenizer, producer, complete=True)
+    batches = StreamedBatches(_packed(config, train), producer)
+    return RunData(
+        train=batches,
+        validation=None if validation is None else _sequential(config, validation),
+        sha256=train.plan_sha256,
+        facts={"validation_tokens": 0 if validation is None else validation.num_tokens},
+        release=batches.release,
+    )
+
+
+def _await(part: Path, tokenizer: Tokenizer, producer: Producer, *, complete: bool) -> TokenShards:
+    while not (part / "index.json").is_file():
+        producer.check()
+        time.sleep(_POLL_SECONDS)
+    shards = _open(part, tokenizer, growing=True)
+    while complete and not shards.complete:
+        producer.check()
+        time.sleep(_POLL_SECONDS)
+        shards.refresh()
+    return shards
+
+
+def _open(part: Path, tokenizer: Tokenizer, *, growing: bool = False) -> TokenShards:
+    shards = TokenShards.open(part, growing=growing)
+    if shards.tokenizer_sha256 != tokenizer.sha256:
+        raise ValueError(
+            f"{shards.directory} was made by another tokenizer than the run's; put that one back, or start a new run"
+        )
+    return shards
+
+
+def _packed(config: RunConfig, shards: TokenShards) -> PackedBatches:
+    return PackedBatches(
+        shards,
+        length=config.sequence_length,
+        seed=config.train.seed,
+        packing=config.data.packing,
+        isolate_documents=config.data.isolate_documents,
+        shuffle_tokens=config.data.shuffle_tokens if config.data.streams else None,
+        single_epoch=config.data.disk_budget is not None,
+    )
+
+
+def _sequential(config: RunConfig, shards: TokenShards) -> SequentialBatches:
+    return SequentialBatches(
+        shards,
+        length=config.sequence_length,
+        packing=config.data.packing,
+        isolate_documents=config.data.isolate_documents,
+    )

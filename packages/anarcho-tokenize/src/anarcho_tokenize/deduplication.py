@@ -1,0 +1,43 @@
+"""Which rows have been seen: a set of hashes on disk, so that memory does not grow with the source, and an interrupted producer finds the
+set as it was at its last commit.
+
+SQLite keeps each hash with the number of the chunk of rows that it was first seen in; those of chunks that the producer has not committed
+are deleted when it goes on.
+"""
+
+import sqlite3
+from pathlib import Path
+
+from anarcho_tokenize.errors import ShardError
+
+
+class SeenRows:
+    """A persistent set of 16-byte keys."""
+
+    def __init__(self, file: Path, *, chunks: int) -> None:
+        """Open the set as it was after so many chunks. Raises ShardError where it is gone."""
+        if chunks and not file.is_file():
+            raise ShardError(
+                f"{file} is missing, by which duplicates of the {chunks} chunks so far are known; prepare the data anew."
+            )
+        self._connection = sqlite3.connect(file, isolation_level=None)
+        self._connection.executescript(
+            "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA cache_size = -65536;"
+            "CREATE TABLE IF NOT EXISTS seen (key BLOB PRIMARY KEY, chunk INTEGER NOT NULL) WITHOUT ROWID;"
+        )
+        self._connection.execute("DELETE FROM seen WHERE chunk >= ?", (chunks,))
+        self._connection.execute("BEGIN")
+
+    def add(self, key: bytes, *, chunk: int) -> bool:
+        """Note a key of a row of this chunk; returns whether it was there before."""
+        cursor = self._connection.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (key, chunk))
+        return cursor.rowcount == 0
+
+    def flush(self) -> None:
+        """Bring everything so far to disk."""
+        self._connection.execute("COMMIT")
+        self._connection.execute("BEGIN")
+
+    def close(self) -> None:
+        """Drop what was not flushed."""
+        self._connection.close()
