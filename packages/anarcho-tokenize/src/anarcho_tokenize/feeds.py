@@ -4,7 +4,6 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +46,8 @@ class Place:
     file: int = 0
     row: int = 0
     offset: int = 0
+    stored_bytes: int = 0
+    """Bytes of the files before this one, as stored, in all passes."""
     taken_bytes: int = 0
     """Bytes of the examples taken, in all passes."""
     taken_before: int = 0
@@ -71,7 +72,6 @@ class Feed:
     is_open: bool = False
     _files: list[DataFile] = field(default_factory=list)
     _text_field: str | None = None
-    _starts: list[int] = field(default_factory=list)
     _reader: FileReader | None = None
     _rows: Iterator[Row] | None = None
 
@@ -84,7 +84,6 @@ class Feed:
             raise _changed(self.source.source, known, identity)
         self.identity, self._files = identity, catalog.files
         self._text_field = catalog.text_field or self.source.text_field
-        self._starts = [0, *accumulate(file.size or 0 for file in catalog.files)]
         self.is_open = True
 
     @property
@@ -96,11 +95,13 @@ class Feed:
         """The next row; None at the end of a pass, after which the source begins again."""
         if not self.is_open:
             self.open()
-        if self._rows is None:
-            self._rows = self._read()
-        row = next(self._rows, None)
-        if row is None:
-            self._rows = self._reader = None
+        self._rows = self._rows or self._read()
+        row = None
+        try:
+            row = next(self._rows, None)
+        finally:
+            if row is None:  # at the end of the pass, and after an error
+                self._rows = self._reader = None
         return row
 
     def end_pass(self) -> None:
@@ -114,12 +115,12 @@ class Feed:
             place.file = place.row = place.offset = 0
 
     def progress(self) -> tuple[int, int | None]:
-        """Bytes read of the first pass, as stored, and in all; None where unknown."""
-        size = self._starts[-1] if self._starts and all(file.size is not None for file in self._files) else None
+        """Bytes read, as stored, and in the first pass in all; None where unknown."""
+        sizes = [file.size for file in self._files if file.size is not None]
+        size = sum(sizes) if self.is_open and len(sizes) == len(self._files) else None
         if size is not None and self.place.passes:
             return size, size
-        within = self._reader.stored_bytes if self._reader is not None else 0
-        return (self._starts[self.place.file] if self._starts else 0) + within, size
+        return self.place.stored_bytes + (0 if self._reader is None else self._reader.stored_bytes), size
 
     def _read(self) -> Iterator[Row]:
         place, reading = self.place, self._reading()
@@ -133,6 +134,8 @@ class Feed:
                 yield row
             else:
                 row = None
+            size = self._files[place.file].size
+            place.stored_bytes += self._reader.stored_bytes if size is None else size
             self._reader = None
             place.file, place.row, place.offset = place.file + 1, 0, 0
             if row is not None:

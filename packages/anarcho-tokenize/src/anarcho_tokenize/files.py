@@ -7,7 +7,7 @@ up to there in one that is, by row groups in Parquet. Content that is not as exp
 
 import glob
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from io import BufferedIOBase, BytesIO
 from pathlib import Path
@@ -21,7 +21,7 @@ from anarcho_tokenize.tables import read_table, require_pyarrow
 from anarcho_tokenize.unpacking import COMPRESSIONS, require_zstandard, unpack, unpacking_errors
 
 EMBEDDED = "embedded"
-Form = Literal[".txt", ".jsonl", ".parquet", "embedded"]
+Form = Literal[".txt", ".jsonl", ".parquet", "embedded", "rows"]
 _FORMS: tuple[Form, ...] = (".txt", ".jsonl", ".parquet")
 EXPECTED = ".txt, .jsonl (each perhaps with .gz, .xz, .bz2 or .zst) or .parquet"
 
@@ -37,6 +37,8 @@ class DataFile:
     """Bytes as stored, None where unknown."""
     open: Callable[[], BufferedIOBase]
     """Opens it for reading; what it gives can seek."""
+    rows: Callable[[int], Iterator[Mapping[str, object]]] | None = None
+    """For the form `rows`, which a library reads: its rows after so many."""
 
 
 class FileReader:
@@ -78,6 +80,10 @@ class FileReader:
         file, separator = self._file, self._reading.document_separator
         if file.form == ".parquet":
             yield from read_table(stream, name=file.name, reading=self._reading, row=self._row)
+            return
+        if file.rows is not None:
+            for number, value in enumerate(file.rows(self._row), start=self._row + 1):
+                yield Row(value, number, 0, f"{file.name}, row {number}")
             return
         if file.form == EMBEDDED:
             for row in _embedded_rows(self._row):

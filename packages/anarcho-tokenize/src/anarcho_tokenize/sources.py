@@ -19,6 +19,7 @@ from anarcho_tokenize.filters import EMPTY, Reason, check_texts, filter_row
 from anarcho_tokenize.mixture import next_source
 from anarcho_tokenize.reading import Fault, Row, excerpt_of
 from anarcho_tokenize.rows import Content, RowError, content_of, digest_of
+from anarcho_tokenize.transport import NetworkError
 
 __all__ = [
     "EMBEDDED",
@@ -26,6 +27,7 @@ __all__ = [
     "Dropped",
     "Example",
     "Examples",
+    "NetworkError",
     "check_source",
     "find_files",
     "is_remote",
