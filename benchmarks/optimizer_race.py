@@ -61,7 +61,7 @@ def train(name: str, settings: dict[str, float], seed: int, *, device: str, data
     from anarcho_model import InitConfig, ModelConfig
     from anarcho_model.torch import GPT
     from anarcho_optim import schedules
-    from anarcho_tokenize import ConcatBatches, SequentialBatches, TokenShards
+    from anarcho_tokenize import PackedBatches, SequentialBatches, TokenShards
 
     torch.set_num_threads(1)
     config = ModelConfig(
@@ -73,7 +73,7 @@ def train(name: str, settings: dict[str, float], seed: int, *, device: str, data
     optimizers = make_optimizers(name, model, settings)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     rates = [group["lr"] for group in groups]
-    batches = ConcatBatches(TokenShards.open(data / "train"), length=LENGTH, seed=seed)
+    batches = PackedBatches(TokenShards.open(data / "train"), length=LENGTH, seed=seed)
     validation = next(SequentialBatches(TokenShards.open(data / "validation"), length=LENGTH).batches(VALIDATION))
 
     def loss_of(batch: Any) -> Any:
@@ -103,12 +103,12 @@ def train(name: str, settings: dict[str, float], seed: int, *, device: str, data
 
 def race(device: str, workers: int) -> list[dict[str, Any]]:
     """The grid with seed 0, then every contestant's best settings with the other seeds."""
-    from anarcho_tokenize import TokenizerConfig, embedded_documents, prepare_shards, train_tokenizer
+    from anarcho_tokenize import TokenizerConfig, embedded_documents, train_tokenizer, write_shards
 
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "shards"
         tokenizer = train_tokenizer(embedded_documents(), config=TokenizerConfig(vocab_size=VOCABULARY))
-        prepare_shards(embedded_documents(), tokenizer, data)
+        write_shards(embedded_documents(), tokenizer, data)
         # Processes start afresh: a forked one could not use the GPU.
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             grid = [

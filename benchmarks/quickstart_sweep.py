@@ -107,7 +107,7 @@ def train(overrides: dict[str, Any], *, device: str, data: Path, timed: bool = F
     from anarcho_model.torch import GPT
     from anarcho_optim import OptimConfig, schedules
     from anarcho_optim.torch import MuonAdamW, param_groups
-    from anarcho_tokenize import ConcatBatches, SequentialBatches, TokenizerConfig, TokenShards
+    from anarcho_tokenize import PackedBatches, SequentialBatches, TokenizerConfig, TokenShards
     from anarcho_train import StepSchedule, TrainConfig, evaluate
     from anarcho_train.steps.torch import TorchStep
 
@@ -138,7 +138,7 @@ def train(overrides: dict[str, Any], *, device: str, data: Path, timed: bool = F
         load_model=lambda model, directory: None,
         flops=1e15 if timed else 0.0,
     )
-    batches = ConcatBatches(shards["train"], length=length, seed=config.seed)
+    batches = PackedBatches(shards["train"], length=length, seed=config.seed)
     seconds = []
     for number in range(config.steps):
         scale = schedules.lr_scale(optim, number, total_steps=config.steps)
@@ -155,12 +155,12 @@ def train(overrides: dict[str, Any], *, device: str, data: Path, timed: bool = F
 
 def prepare(trials: list[dict[str, Any]], data: Path) -> None:
     """Tokenizers and shards of the embedded corpus, one per vocabulary size."""
-    from anarcho_tokenize import TokenizerConfig, embedded_documents, prepare_shards, train_tokenizer
+    from anarcho_tokenize import TokenizerConfig, embedded_documents, train_tokenizer, write_shards
 
     default = tomllib.loads(PRESET.read_text(encoding="utf-8"))["tokenizer"]["vocab_size"]
     for size in {trial.get("tokenizer.vocab_size", default) for trial in trials}:
         tokenizer = train_tokenizer(embedded_documents(), config=TokenizerConfig(vocab_size=size))
-        prepare_shards(embedded_documents(), tokenizer, data / str(size))
+        write_shards(embedded_documents(), tokenizer, data / str(size))
 
 
 def main() -> None:

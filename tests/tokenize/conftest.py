@@ -9,8 +9,8 @@ from anarcho_tokenize import (
     TokenizerConfig,
     TokenShards,
     embedded_documents,
-    prepare_shards,
     train_tokenizer,
+    write_shards,
 )
 
 CODE = """def banana(nana, ananas):
@@ -50,9 +50,7 @@ def prepare(tmp_path: Path, english: Tokenizer) -> Callable[..., TokenShards]:
     """Prepare documents without a validation part, and open them."""
 
     def prepared(documents: list[str], *, shard_tokens: int = 50, name: str = "data") -> TokenShards:
-        prepare_shards(
-            documents, english, tmp_path / name, validation_fraction=0, shard_tokens=shard_tokens, num_threads=1
-        )
+        write_shards(documents, english, tmp_path / name, validation_fraction=0, shard_tokens=shard_tokens)
         return TokenShards.open(tmp_path / name / "train")
 
     return prepared
