@@ -1,4 +1,4 @@
-"""Rows in chunks: about 1 MiB of text that is encoded at once, with what must be known of it to go on behind it.
+"""Rows in chunks: up to about 1 MiB of text that is encoded at once, with what must be known of it to go on behind it.
 
 Each row is given its part here. It belongs to validation by the sha256 of its content alone, so neither its place, nor the tokenizer, nor
 other rows move it: the same text never is in both parts.
@@ -14,6 +14,7 @@ from anarcho_tokenize.sources import BadRow, Dropped, Example
 TRAIN = "train"
 VALIDATION = "validation"
 _CHUNK_BYTES = 2**20
+_TOKEN_BYTES = 4
 _CHUNK_ROWS = 4096
 
 
@@ -56,8 +57,9 @@ class Counts:
 class Chunk:
     """Some rows on their way: contents to encode, and what is known of each."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, *, full_bytes: int) -> None:
         self.number = number
+        self._full_bytes = full_bytes
         self.contents: list[Content] = []
         self.parts: list[str] = []
         """The part of each content."""
@@ -68,7 +70,7 @@ class Chunk:
     @property
     def is_full(self) -> bool:
         """Whether a new chunk should be begun."""
-        return self._bytes >= _CHUNK_BYTES or self.rows >= _CHUNK_ROWS
+        return self._bytes >= self._full_bytes or self.rows >= _CHUNK_ROWS
 
     def add(self, content: Content, part: str, num_bytes: int) -> None:
         """Append a row to encode."""
@@ -94,17 +96,20 @@ class Chunk:
 class ChunkReader:
     """Iterates the chunks of a source."""
 
-    def __init__(self, source: RowSource, *, counts: Counts, first: int, validation_fraction: float) -> None:
-        """`counts` are those of the chunks before number `first`."""
+    def __init__(
+        self, source: RowSource, *, counts: Counts, first: int, shard_tokens: int, validation_fraction: float
+    ) -> None:
+        """`counts` are those of the chunks before number `first`; a chunk holds no more than about `shard_tokens`."""
         self.number = first
         """Of the chunk that is read now."""
         self._source = source
+        self._chunk_bytes = min(_CHUNK_BYTES, _TOKEN_BYTES * shard_tokens)
         self._counts = counts.copy()
         self._validation_fraction = validation_fraction
 
     def __iter__(self) -> Iterator[Chunk]:
         """Each chunk, given out when it is known whether it is the last."""
-        chunk, full = Chunk(self.number), None
+        chunk, full = self._new_chunk(), None
         for item in self._source:
             if full is not None:
                 yield full
@@ -113,11 +118,14 @@ class ChunkReader:
             if chunk.is_full:
                 full = chunk.seal(self._source, self._counts)
                 self.number += 1
-                chunk = Chunk(self.number)
+                chunk = self._new_chunk()
         last = full or chunk.seal(self._source, self._counts)
         if not self._counts.validation and self._validation_fraction:
             last.cut_tail(fraction=self._validation_fraction)
         yield last
+
+    def _new_chunk(self) -> Chunk:
+        return Chunk(self.number, full_bytes=self._chunk_bytes)
 
     def _read(self, item: Example | BadRow | Dropped, chunk: Chunk) -> None:
         chunk.rows += 1

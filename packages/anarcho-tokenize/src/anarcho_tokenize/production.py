@@ -138,6 +138,7 @@ class Production:
             source,
             counts=self._counts,
             first=self._num_chunks,
+            shard_tokens=self._config.shard_tokens,
             validation_fraction=self._config.validation_fraction,
         )
         with Encoder(self._tokenizer, num_workers=self._num_workers(source)) as encoder:
