@@ -11,10 +11,10 @@ from anarcho_tokenize.bpe import Tokenizer, check_unicode
 from anarcho_tokenize.chunks import RowSource
 from anarcho_tokenize.config import DataConfig
 from anarcho_tokenize.durable import replace_file, sync_directory
-from anarcho_tokenize.errors import ShardError
-from anarcho_tokenize.production import CONSUMED_FILE, LOCK_FILE, PreparationReport, Production
+from anarcho_tokenize.errors import ShardError, SourceError
+from anarcho_tokenize.production import CONSUMED_FILE, LOCK_FILE, STATE_FILE, PreparationReport, Production
 from anarcho_tokenize.rows import digest_of, texts_of
-from anarcho_tokenize.sources import Example, Examples
+from anarcho_tokenize.sources import BadRow, Example, Examples, check_source
 
 
 def prepare_shards(
@@ -35,6 +35,8 @@ def prepare_shards(
     Raises FileNotFoundError or SourceError for a source that cannot be read or has too many bad rows, NetworkError where the network
     stays away, ShardError where the directory holds something else or a part that is wanted would be empty.
     """
+    if not Path(directory, STATE_FILE).exists():
+        check_source(config)  # a source that is not there leaves no directory behind
 
     def open_source(position: dict[str, Any] | None, is_duplicate: Callable[[bytes], bool] | None) -> RowSource:
         return Examples(config, position=position, is_duplicate=is_duplicate, on_retry=notify)
@@ -80,10 +82,21 @@ def write_shards(
 
 
 def read_texts(config: DataConfig, *, notify: Callable[[str], None] | None = None) -> Iterator[str]:
-    """The texts of a configuration's rows, for `train_tokenizer`; rows that cannot be used are passed over, as preparing does."""
+    """The texts of a configuration's rows, for `train_tokenizer`; `notify` is told of rows that cannot be used, which are passed over.
+
+    Raises SourceError where no row can be used.
+    """
+    num_texts, bad = 0, []
     for item in Examples(config, on_retry=notify):
         if isinstance(item, Example):
+            num_texts += 1
             yield from texts_of(item.content)
+        elif isinstance(item, BadRow):
+            bad = bad or [item]
+    if bad and not num_texts:
+        raise SourceError(str(bad[0]))
+    if bad and notify is not None:
+        notify(f"some rows cannot be used and are passed over; the first: {bad[0]}")
 
 
 def release(directory: str | os.PathLike[str], tokens: int) -> None:
