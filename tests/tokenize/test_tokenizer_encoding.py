@@ -177,37 +177,3 @@ def test_truncated_model_is_refused(english: Tokenizer, tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:5000])
     with pytest.raises(TokenizerError):
         Tokenizer.load(file)
-
-
-def foreign_model(path: Path, **options: object) -> None:
-    lines = ["the white whale swims"] * 50
-    with path.open("wb") as stream:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=stream, minloglevel=2, hard_vocab_limit=False, **options
-        )
-
-
-def test_foreign_sentencepiece_model_is_refused_by_its_first_other_piece(tmp_path: Path) -> None:
-    foreign_model(tmp_path / "other.model", vocab_size=300, byte_fallback=True)
-    with pytest.raises(TokenizerError, match=r"other\.model has '<s>' as piece 1; expected '<\|endoftext\|>'"):
-        Tokenizer.load(tmp_path / "other.model")
-
-
-def test_model_whose_pieces_hold_spaces_inside_is_refused(tmp_path: Path) -> None:
-    foreign_model(
-        tmp_path / "other.model",
-        vocab_size=330,
-        model_type="bpe",
-        byte_fallback=True,
-        split_by_whitespace=False,
-        unk_id=0,
-        eos_id=1,
-        eos_piece="<|endoftext|>",
-        pad_id=2,
-        pad_piece="<|pad|>",
-        bos_id=-1,
-        control_symbols=SPECIAL[3:],
-        user_defined_symbols=["\n", "\n\n"],
-    )
-    with pytest.raises(TokenizerError, match="expected spaces to begin pieces"):
-        Tokenizer.load(tmp_path / "other.model")
