@@ -39,7 +39,7 @@ class HubServer(ThreadingHTTPServer):
         self.fail_share = 0.0
         """Share of the requests for a file's content that are answered with 500."""
         self.failures: deque[int] = deque()
-        """Statuses of the next answers to requests for a file's content, 0 for a connection that is closed without an answer."""
+        """Statuses of the next answers to requests for a file's content: 0 closes the connection, 200 is as usual."""
         self.metadata_failures: deque[int] = deque()
         """The same of all other requests."""
         self.retry_after: int | None = None
@@ -103,8 +103,9 @@ class _Handler(BaseHTTPRequestHandler):
         parts = path.strip("/").split("/")
         is_content = self.command == "GET" and (parts[0] == "files" or "resolve" in parts)
         failures = server.failures if is_content else server.metadata_failures
-        if failures:
-            self._fail(failures.popleft())
+        status = failures.popleft() if failures else 200
+        if status != 200:
+            self._fail(status)
         elif is_content and server.chance.random() < server.fail_share:
             self._fail(500)
         elif parts[0] == "files":

@@ -76,7 +76,7 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("suffix", PACKERS)
 def test_json_lines_go_on_after_every_item(tmp_path: Path, suffix: str) -> None:
     for number in range(3):
-        write_lines(tmp_path / f"{number}.jsonl{suffix}", seed=number, count=12, packer=PACKERS[suffix])
+        write_lines(tmp_path / f"{number}.jsonl{suffix}", seed=number, count=8, packer=PACKERS[suffix])
     items = check_every_position(DataConfig(source=str(tmp_path), min_score=0.3))
     assert {type(item) for item in items} == {Example, BadRow, Dropped}
 
@@ -85,11 +85,11 @@ def test_json_lines_go_on_after_every_item(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize("suffix", PACKERS)
 @pytest.mark.parametrize("separator", [None, "<¶>"])
 def test_text_files_go_on_after_every_item(tmp_path: Path, suffix: str, separator: str | None) -> None:
-    text = (separator or "\n").join(str(row["text"]) for row in rows(30))
+    text = (separator or "\n").join(str(row["text"]) for row in rows(16))
     for number, content in enumerate((text, "", "one", "漢" * 100)):
         (tmp_path / f"{number}.txt{suffix}").write_bytes(PACKERS[suffix](content.encode()))
     items = check_every_position(DataConfig(source=str(tmp_path), document_separator=separator, max_document_bytes=60))
-    assert sum(isinstance(item, Example) for item in items) > 10
+    assert sum(isinstance(item, Example) for item in items) >= 5
 
 
 @pytest.mark.usefixtures("small_steps")
@@ -144,7 +144,7 @@ def test_damaged_compressed_file_gives_the_same_rows_from_every_position(
 ) -> None:
     chance = random.Random(1)
     for number in range(2):
-        texts = ["".join(chance.choices("abcdefghijklmnop", k=4000)) for _ in range(100)]
+        texts = [f"{chance.getrandbits(16_000):x}" for _ in range(100)]
         packed = PACKERS[suffix]("\n".join(json.dumps({"text": text}) for text in texts).encode())
         (tmp_path / f"{number}{form}{suffix}").write_bytes(packed[: len(packed) * 2 // 3] if number == 0 else packed)
     config = DataConfig(source=str(tmp_path), document_separator="\n" if form == ".txt" else None)
@@ -163,9 +163,9 @@ def test_damaged_compressed_file_gives_the_same_rows_from_every_position(
             assert read_all(config, positions[count]) == items[count + 1 :]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
-    counts=st.lists(st.integers(0, 12), min_size=2, max_size=3),
+    counts=st.lists(st.integers(0, 6), min_size=2, max_size=3),
     weights=st.lists(st.sampled_from([0.1, 0.5, 1.0, 3.0]), min_size=3, max_size=3),
     end=st.sampled_from(["first", "repeat"]),
 )

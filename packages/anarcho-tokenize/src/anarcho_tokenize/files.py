@@ -50,13 +50,16 @@ class FileReader:
         self._row = row
         self._offset = offset
         self._stream: BufferedIOBase | None = None
-        self._embedded_bytes = 0
+        self._stored_bytes = 0
 
     def __iter__(self) -> Iterator[Row]:
         name = self._file.name
         try:
             with self._file.open() as self._stream:
-                yield from self._rows(self._stream)
+                try:
+                    yield from self._rows(self._stream)
+                finally:
+                    self._stored_bytes = self.stored_bytes
         except PermissionError:
             yield Row(Fault("cannot be read: permission denied; make it readable."), 0, None, name)
         except FileNotFoundError as error:
@@ -73,7 +76,7 @@ class FileReader:
     def stored_bytes(self) -> int:
         """Bytes of the file, as stored, that have been read."""
         if self._stream is None or self._stream.closed or self._file.form == EMBEDDED:
-            return self._embedded_bytes
+            return self._stored_bytes
         return self._stream.tell()
 
     def _rows(self, stream: BufferedIOBase) -> Iterator[Row]:
@@ -87,7 +90,7 @@ class FileReader:
             return
         if file.form == EMBEDDED:
             for row in _embedded_rows(self._row):
-                self._embedded_bytes = row.end or 0
+                self._stored_bytes = row.end or 0
                 yield row
             return
         unpacked = unpack(stream, file.compression, name=file.name)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from io import BufferedReader, BytesIO
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -22,7 +23,7 @@ from anarcho_tokenize.transport import RemoteFile, Retries, offline_error, refus
 from anarcho_tokenize.unpacking import DamagedError, unpack
 
 _BUFFER_BYTES = 2**18
-_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _KEYS = ("config", "split", "field", "revision", "files")
 _JSON_ENDING = re.compile(r"\.(?:json|ndjson)(\.\w+)?$", re.IGNORECASE)
 _HUB_FILE = re.compile(r"hf://datasets/(?P<name>[^@]+)@(?P<revision>[^/]+)/(?P<path>.+)")
@@ -59,11 +60,9 @@ class HubName:
 
 
 def check_remote(spec: str) -> None:
-    """Look at a remote source without the network. Raises SourceError for what is not well formed or needs a module that is missing."""
-    try:
-        import datasets  # noqa: F401 - only to see that it is there
-    except ImportError as error:
-        raise SourceError(f"{spec} needs datasets to be read; install anarcho-tokenize[datasets].") from error
+    """Look at a remote source without the network. Raises SourceError for what is not well formed, and for missing modules."""
+    if find_spec("datasets") is None:
+        raise SourceError(f"{spec} needs datasets to be read; install anarcho-tokenize[datasets].")
     if spec.startswith("hf://"):
         HubName.parse(spec)
     else:
@@ -234,14 +233,19 @@ def _transient(error: BaseException) -> str | None:
 
 def _refused(source: str, error: BaseException) -> SourceError:
     """The sentence for an error that another attempt would not change."""
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        OfflineModeIsEnabled,
+        RevisionNotFoundError,
+    )
 
     for one in _causes(error):
         if isinstance(one, OfflineModeIsEnabled):
             return offline_error(source)
         if isinstance(one, RevisionNotFoundError):
             return SourceError(f"{source} has no such revision; expected revision= a branch, a tag or a commit of it.")
-        if isinstance(one, HfHubHTTPError):
+        if isinstance(one, HfHubHTTPError) and not isinstance(one, EntryNotFoundError):
             return refusal(source, one.response.status_code)
     text = " ".join(str(error).split()).rstrip(".")
     return SourceError(f"{source} cannot be resolved ({text}); check config=, split= and files=.")

@@ -12,7 +12,14 @@ from anarcho_tokenize.reading import Fault, Row, excerpt_of, nul_fault
 
 PART_BYTES = 2**24
 _CHUNK_BYTES = 2**18
-_MARK = b"\xef\xbb\xbf"
+_JSON_TYPES = {
+    list: "a list",
+    str: "a text",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
 
 
 def read_lines(stream: BufferedIOBase, *, name: str, row: int, offset: int, limit: int) -> Iterator[Row]:
@@ -95,7 +102,7 @@ def _skip_line(stream: BufferedIOBase) -> int:
 
 
 def _parse(line: bytes, *, start: int) -> dict[str, object] | Fault | None:
-    text = _decode(line, start=start)
+    text = _decode(line.rstrip(b"\r\n"), start=start)
     if isinstance(text, Fault):
         return text
     try:
@@ -103,12 +110,17 @@ def _parse(line: bytes, *, start: int) -> dict[str, object] | Fault | None:
     except (ValueError, RecursionError) as error:
         if not text or text.isspace():
             return None
-        if "\0" in text:
-            return nul_fault(text)
-        return Fault(f"is not JSON ({error}); expected one object a line.", excerpt_of(text))
+        return nul_fault(text) if "\0" in text else Fault(_json_problem(error), excerpt_of(text))
     if not isinstance(row, dict):
-        return Fault(f"holds a {type(row).__name__}; expected an object with keys.", excerpt_of(text))
+        return Fault(f"holds {_JSON_TYPES[type(row)]}; expected an object with keys.", excerpt_of(text))
     return row
+
+
+def _json_problem(error: Exception) -> str:
+    problem = str(error)
+    if isinstance(error, json.JSONDecodeError):  # whose own text would count lines from here
+        problem = f"{error.msg.removesuffix(' at')} at character {error.pos + 1}"
+    return f"is not JSON ({problem}); expected one object a line."
 
 
 def _decode(data: bytes, *, start: int) -> str | Fault:

@@ -180,9 +180,11 @@ class Examples:
         )
 
     def _content(self, feed: Feed, value: str | Mapping[str, object]) -> Content:
-        if isinstance(value, str):
-            return value
-        return content_of(value, kind=self._config.kind, text_field=feed.text_field)
+        if not isinstance(value, str):
+            return content_of(value, kind=self._config.kind, text_field=feed.text_field)
+        if self._config.kind != "text":
+            raise RowError(f"The document is plain text; expected a row of the kind {self._config.kind}.")
+        return value
 
     def _restore(self, position: Mapping[str, Any]) -> None:
         sources = position.get("sources", ())

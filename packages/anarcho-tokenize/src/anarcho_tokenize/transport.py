@@ -22,6 +22,8 @@ _CONNECT_TIMEOUT = 20.0
 _READ_ON_BYTES = 2**20
 """A gap of up to so many bytes is read over, which is sooner done than another request."""
 _BUSY = (408, 425, 429)
+_CHANCE = random.Random()
+"""Of its own, so that nobody's seeded numbers change."""
 
 
 class NetworkError(SourceError):
@@ -56,7 +58,7 @@ class Retries:
             raise NetworkError(
                 f"{self._name} cannot be reached: {problem}, after {self._failures} attempts; see to the network, and go on from here."
             ) from cause
-        pause = min(_LONGEST_PAUSE, 2.0 ** (self._failures - 1)) * random.uniform(0.75, 1.0)
+        pause = min(_LONGEST_PAUSE, 2.0 ** (self._failures - 1)) * _CHANCE.uniform(0.75, 1.0)
         if asked_pause is not None:
             pause = max(pause, min(asked_pause, _LONGEST_ASKED_PAUSE))
         if self._on_retry is not None:
