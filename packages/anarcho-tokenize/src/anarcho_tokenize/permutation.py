@@ -18,13 +18,15 @@ _LEAST_HALF_BITS = 3
 
 
 class Permutation:
-    """A bijection of 0..size-1 that depends on size, seed and epoch alone, on every machine alike."""
+    """A bijection of 0..size-1 that depends on size, seed, epoch and block alone, on every machine alike."""
 
-    def __init__(self, size: int, *, seed: int, epoch: int) -> None:
+    def __init__(self, size: int, *, seed: int, epoch: int, block: int | None = None) -> None:
+        """`block` tells the parts of an epoch from each other where each is shuffled by itself."""
         assert size >= 1
         self.size = size
         self._half_bits = max(_LEAST_HALF_BITS, ((size - 1).bit_length() + 1) // 2)
-        digest = hashlib.sha512(f"{seed} {epoch}".encode()).digest()
+        key = f"{seed} {epoch}" if block is None else f"{seed} {epoch} {block}"
+        digest = hashlib.sha512(key.encode()).digest()
         self._keys = np.frombuffer(digest, dtype="<u8", count=_ROUNDS).astype(np.uint64)
 
     def __call__(self, positions: npt.ArrayLike) -> npt.NDArray[np.int64]:
