@@ -71,6 +71,9 @@ def write_files(directory: Path) -> None:
         (cards / "lines" / f"train-{number}.jsonl.gz").write_bytes(gzip.compress(as_lines(rows(f"t{number}", 40))))
         write_table(cards / "table" / f"{number}.parquet", rows(f"p{number}", 50))
         (cards / "csv" / f"{number}.csv").write_text("text,score\n" + f"c{number},1\n" * 5)
+    (cards / "broken").mkdir()
+    (cards / "broken" / "0.csv").write_text("text,score\n" + "a,1\n" * 5 + "b,2,3,4\n")
+    (cards / "broken" / "1.csv").write_text("text,score\nfine,1\n")
     (cards / "lines" / "train-2.jsonl.gz").write_bytes(gzip.compress(as_lines(rows("cut", 400)))[:-200])
     (cards / "lines" / "train-3.jsonl").write_bytes(as_lines(rows("t3", 40)))
     (cards / "lines" / "test.jsonl").write_bytes(b'{"text": "one"}\n{broken\n{"text": "two"}')
@@ -181,6 +184,9 @@ def test_reading_goes_on_at_the_exact_row(read: Callable[..., dict[str, Any]], s
 def test_other_kinds_of_file_are_read_by_the_library(read: Callable[..., dict[str, Any]]) -> None:
     assert texts(read("hf://org/cards?files=csv/*.csv")) == ["c0"] * 5 + ["c1"] * 5
     assert texts(read("hf://org/cards?files=array.json")) == [row["text"] for row in rows("a", 4)]
+    answer = read("hf://org/cards?files=broken/*.csv")
+    assert texts(answer)[-1] == "fine"
+    assert [item["place"] for item in answer["items"] if item["type"] == "BadRow"] == ["hf://org/cards, shard 0"]
 
 
 @pytest.mark.parametrize("source", ["hf://org/cards", "hf://org/cards?config=table"])

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from io import BufferedReader, BytesIO
+from itertools import islice
+from logging import CRITICAL
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -23,6 +25,7 @@ from anarcho_tokenize.transport import RemoteFile, Retries, offline_error, refus
 from anarcho_tokenize.unpacking import DamagedError, unpack
 
 _BUFFER_BYTES = 2**18
+_BLOCK_ROWS = 256
 _NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _KEYS = ("config", "split", "field", "revision", "files")
 _JSON_ENDING = re.compile(r"\.(?:json|ndjson)(\.\w+)?$", re.IGNORECASE)
@@ -160,17 +163,30 @@ def _library_rows(
 ) -> Iterator[Mapping[str, object]]:
     retries = Retries(name, **network)
     while True:
-        try:
-            for row in rows.shard(num_shards=rows.num_shards, index=shard).skip(start):
-                start += 1
+        found = iter(rows.shard(num_shards=rows.num_shards, index=shard).skip(start))
+        error = None
+        while error is None:
+            block, error = _next_block(found)
+            if block:
                 retries.succeeded()
-                yield row
+            start += len(block)
+            yield from block
+            if error is None and len(block) < _BLOCK_ROWS:
+                return
+        if (problem := _transient(error)) is None:
+            raise DamagedError(" ".join(str(error).split())) from error
+        retries.wait(problem, cause=error)
+
+
+def _next_block(rows: Iterator[Any]) -> tuple[list[Any], Exception | None]:
+    """Some rows, and the error that came after them; the library is silent meanwhile."""
+    block: list[Any] = []
+    with _quiet():
+        try:
+            block.extend(islice(rows, _BLOCK_ROWS))
         except Exception as error:
-            if (problem := _transient(error)) is None:
-                raise DamagedError(" ".join(str(error).split())) from error
-            retries.wait(problem, cause=error)
-        else:
-            return
+            return block, error
+    return block, None
 
 
 def _resolve(hub: HubName, *, revision: str | None, network: dict[str, Any]) -> tuple[str, Any]:
@@ -268,7 +284,7 @@ def _quiet() -> Iterator[None]:
     had_bars = datasets.are_progress_bars_disabled(), hub_utils.are_progress_bars_disabled()
     try:
         for logging in loggers:
-            logging.set_verbosity_error()
+            logging.set_verbosity(CRITICAL)
         datasets.disable_progress_bars()
         hub_utils.disable_progress_bars()
         yield

@@ -109,12 +109,14 @@ class Examples:
                 feed.open()
 
     def __iter__(self) -> Iterator[Example | BadRow | Dropped]:
-        while not self._is_over and (feed := self._next_feed()) is not None:
+        is_over = self._is_over
+        while not is_over and (feed := self._next_feed()) is not None:
             row = feed.read()
-            if row is None:
-                feed.end_pass()
-            else:
+            if row is not None:
                 yield self._judge(feed, row)
+                continue
+            feed.end_pass()
+            is_over = self._is_over
 
     @property
     def position(self) -> dict[str, Any]:
@@ -142,6 +144,8 @@ class Examples:
         return any(ended) if self._config.mixture_end == "first" else all(ended)
 
     def _next_feed(self) -> Feed | None:
+        if len(self._feeds) == 1:
+            return self._feeds[0]
         number = next_source(
             (feed.place.taken_bytes for feed in self._feeds),
             (feed.source.weight for feed in self._feeds),

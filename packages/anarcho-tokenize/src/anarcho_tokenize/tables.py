@@ -48,12 +48,16 @@ def _rows(stream: BufferedIOBase, *, name: str, reading: Reading, row: int) -> I
         )
         return
     largest_chunk, row_bytes = _sizes(metadata, set(columns))
-    # Large chunks of columns are read page by page, which for remote files means more requests.
-    buffer_bytes = _BUFFER_BYTES if largest_chunk > _LARGEST_CHUNK else 0
+    # Page by page, which for several columns means to go to and fro, and for remote files a request each time: only for large chunks.
+    is_by_page = len(columns) == 1 or largest_chunk > _LARGEST_CHUNK
     batch_rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, row_bytes)))
     stream.seek(0)
     table = parquet.ParquetFile(
-        stream, metadata=metadata, buffer_size=buffer_bytes, pre_buffer=False, page_checksum_verification=True
+        stream,
+        metadata=metadata,
+        buffer_size=_BUFFER_BYTES if is_by_page else 0,
+        pre_buffer=False,
+        page_checksum_verification=True,
     )
     number = 0
     for group in range(metadata.num_row_groups):
