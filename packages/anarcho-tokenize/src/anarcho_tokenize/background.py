@@ -12,9 +12,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from anarcho_tokenize.bpe import Tokenizer
 from anarcho_tokenize.config import DataConfig, SourceConfig
@@ -22,13 +23,16 @@ from anarcho_tokenize.errors import ShardError, SourceError, TokenizerError
 from anarcho_tokenize.packing import Batch, PackedBatches
 from anarcho_tokenize.preparation import prepare_shards, release
 from anarcho_tokenize.sources import NetworkError
+from anarcho_tokenize.workers import KilledError
 
 _ERRORS: dict[str, type[Exception]] = {
     error.__name__: error
     for error in (FileNotFoundError, NetworkError, OSError, PermissionError, ShardError, SourceError, TokenizerError)
 }
+_MESSAGE = b"anarcho-tokenize: "
 _MOST_RESTARTS = 5
 _NICENESS = 5
+_STOP_SECONDS = 10
 
 
 class Producer:
@@ -42,14 +46,20 @@ class Producer:
         *,
         notify: Callable[[str], None],
     ) -> None:
-        """Start it; `notify` is told, in a line, of network failures and of restarts, when `check` is called."""
-        work = {"config": asdict(config), "tokenizer": os.fspath(tokenizer_directory), "directory": os.fspath(directory)}
+        """Start it; `notify` is told, in a line, of network failures and of restarts, when `attend` or `check` is called."""
+        work = {
+            "config": asdict(config),
+            "tokenizer": os.fspath(tokenizer_directory),
+            "directory": os.fspath(directory),
+        }
         self.directory = Path(directory)
         self._work = (json.dumps(work) + "\n").encode()
         self._notify = notify
         self._restarts = 0
+        self._most_tokens = 0
         self._done = False
-        self._failure: Exception | None = None
+        self.failure: Exception | None = None
+        """What the process has failed with for good, as `attend` has seen it."""
         self._start()
 
     @property
@@ -58,66 +68,88 @@ class Producer:
         return self._process.pid
 
     def check(self) -> None:
-        """Pass messages on; start the process again where it was killed; raise what it failed with."""
+        """Do what `attend` does, and raise what the process has failed with for good."""
+        self.attend()
+        if self.failure is not None:
+            raise self.failure
+
+    def attend(self) -> None:
+        """Pass messages on; start the process again where it was killed."""
         ended = self._process.poll() is not None
         if ended:
             self._listener.join()
         while not self._messages.empty():
             self._receive(self._messages.get())
-        if self._failure is not None:
-            raise self._failure
-        if ended and not self._done:
-            if self._restarts >= _MOST_RESTARTS:
-                raise ShardError(
-                    f"The process that prepares {self.directory} ended {self._restarts + 1} times by itself, the last time with status "
-                    f"{self._process.returncode}; see its messages above, and run the command again to go on."
-                )
-            self._restarts += 1
-            self._notify(f"the process that prepares data ended with status {self._process.returncode}; starting it again")
-            self._start()
+        if not ended or self._done or self.failure is not None:
+            return
+        status = self._process.returncode
+        if self._restarts == _MOST_RESTARTS:
+            self.failure = ShardError(
+                f"The process that prepares {self.directory} ended {self._restarts + 1} times by itself without getting further, the last "
+                f"time with status {status}; see its messages above, and run the command again to go on."
+            )
+            return
+        self._restarts += 1
+        _close(self._process.stdin)
+        self._notify(f"the process that prepares data ended with status {status}; starting it again")
+        self._start()
 
     def stop(self) -> None:
-        """End the process; what it has not committed is made again by the next."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-        self._listener.join()
+        """End the process and those that it has started; what it has not committed is made again by the next."""
+        _close(self._process.stdin)
+        try:
+            self._process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._listener.join()  # until the last process that holds the other end of the pipe has ended
 
     def _start(self) -> None:
         self._messages: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        # A session of its own, so that Ctrl-C reaches the trainer alone, which then decides.
+        # A session of its own, so that Ctrl-C reaches the trainer alone, which then decides; -P, so that modules are not looked for here.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "anarcho_tokenize.background"],
+            [sys.executable, "-P", "-m", "anarcho_tokenize.background"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
         )
-        self._listener = threading.Thread(target=self._listen, args=(self._process, self._messages), daemon=True)
+        self._listener = threading.Thread(target=_listen, args=(self._process, self._messages), daemon=True)
         self._listener.start()
         assert self._process.stdin is not None
-        try:
+        with suppress(BrokenPipeError):  # it is dead already, which is seen next time
             self._process.stdin.write(self._work)
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it is dead already, which the next check sees
-
-    @staticmethod
-    def _listen(process: "subprocess.Popen[bytes]", messages: "queue.SimpleQueue[dict[str, Any]]") -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.endswith(b"\n"):
-                messages.put(json.loads(line))
 
     def _receive(self, message: dict[str, Any]) -> None:
         match message["event"]:
             case "notice":
                 self._notify(message["message"])
             case "progress":
-                self._restarts = 0
+                # Only what was never reached before: one that always fails at the same place is not started for ever.
+                if message["tokens"] > self._most_tokens:
+                    self._most_tokens, self._restarts = message["tokens"], 0
             case "done":
                 self._done = True
             case "failed":
-                self._failure = _ERRORS.get(message["error"], ShardError)(message["message"])
+                self.failure = _ERRORS.get(message["error"], ShardError)(message["message"])
+
+
+def _listen(process: "subprocess.Popen[bytes]", messages: "queue.SimpleQueue[dict[str, Any]]") -> None:
+    """Take messages until the pipe is closed; other lines are what a library prints."""
+    assert process.stdout is not None
+    with process.stdout:
+        for line in process.stdout:
+            if not line.startswith(_MESSAGE):
+                sys.stderr.write(line.decode(errors="replace"))
+            elif line.endswith(b"\n"):  # else the process was killed within it
+                messages.put(json.loads(line.removeprefix(_MESSAGE)))
+
+
+def _close(stream: IO[bytes] | None) -> None:
+    """Close the standard input of a process that may be dead."""
+    assert stream is not None
+    with suppress(BrokenPipeError):
+        stream.close()
 
 
 class StreamedBatches:
@@ -137,9 +169,11 @@ class StreamedBatches:
 
     def state(self, first_sample: int, count: int) -> Literal["ready", "waiting", "ended"]:
         """Whether these samples are there; raises what the producer failed with where they never will be."""
+        self._producer.attend()  # first: what it failed with then came after all that the shards hold
+        failure = self._producer.failure
         state = self._batches.state(first_sample, count)
-        if state == "waiting":
-            self._producer.check()
+        if state == "waiting" and failure is not None:
+            raise failure
         return state
 
     def release(self, sample: int) -> None:
@@ -161,10 +195,13 @@ def _main() -> None:
             config,
             Tokenizer.load(work["tokenizer"]),
             work["directory"],
-            on_progress=lambda _: _tell(event="progress"),
+            on_progress=lambda report: _tell(event="progress", tokens=report.tokens),
             notify=lambda message: _tell(event="notice", message=message),
             budget=config.disk_budget,
         )
+    except KilledError as error:
+        _tell(event="notice", message=str(error))
+        sys.exit(1)
     except (ValueError, OSError) as error:
         _tell(event="failed", error=type(error).__name__, message=str(error))
     else:
@@ -176,8 +213,8 @@ def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tell(**message: Any) -> None:
-    sys.stdout.write(json.dumps(message) + "\n")
-    sys.stdout.flush()
+    sys.stdout.buffer.write(_MESSAGE + json.dumps(message).encode() + b"\n")
+    sys.stdout.buffer.flush()
 
 
 def _end_with_parent() -> None:

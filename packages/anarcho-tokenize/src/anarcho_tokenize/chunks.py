@@ -66,14 +66,17 @@ class Chunk:
         self.bad: list[BadRow] = []
         self.rows = 0
         self._bytes = 0
+        self._last_new: int | None = None
 
     @property
     def is_full(self) -> bool:
         """Whether a new chunk should be begun."""
         return self._bytes >= self._full_bytes or self.rows >= _CHUNK_ROWS
 
-    def add(self, content: Content, part: str, num_bytes: int) -> None:
+    def add(self, content: Content, part: str, num_bytes: int, *, is_repeated: bool) -> None:
         """Append a row to encode."""
+        if not is_repeated:
+            self._last_new = len(self.contents)
         self.contents.append(content)
         self.parts.append(part)
         self._bytes += num_bytes
@@ -84,13 +87,17 @@ class Chunk:
         return self
 
     def cut_tail(self, *, fraction: float) -> None:
-        """Keep the end of the last text from training, where a few texts all hashed into the training part."""
-        if not self.contents or self.parts[-1] != TRAIN or not isinstance(text := self.contents[-1], str):
+        """Keep the end of the last text from training, where a few texts all hashed into the training part.
+
+        A text that is there twice, or that was read in an earlier pass, is trained on as a whole, so its end cannot be kept from it.
+        """
+        last = self._last_new
+        if last is None or not isinstance(text := self.contents[last], str) or self.contents.count(text) > 1:
             return
         head, tail = _cut_tail(text, fraction=fraction)
         halves = [(half, part) for half, part in ((head, TRAIN), (tail, VALIDATION)) if half]
-        self.contents[-1:] = [half for half, _ in halves]
-        self.parts[-1:] = [part for _, part in halves]
+        self.contents[last : last + 1] = [half for half, _ in halves]
+        self.parts[last : last + 1] = [part for _, part in halves]
 
 
 class ChunkReader:
@@ -108,21 +115,25 @@ class ChunkReader:
         self._validation_fraction = validation_fraction
 
     def __iter__(self) -> Iterator[Chunk]:
-        """Each chunk, given out when it is known whether it is the last."""
+        """Each chunk, given out when it is known whether another text follows."""
         chunk, full = self._new_chunk(), None
         for item in self._source:
-            if full is not None:
+            if full is not None and isinstance(item, Example):
                 yield full
                 full = None
             self._read(item, chunk)
             if chunk.is_full:
+                if full is not None:
+                    yield full
                 full = chunk.seal(self._source, self._counts)
                 self.number += 1
                 chunk = self._new_chunk()
-        last = full or chunk.seal(self._source, self._counts)
-        if not self._counts.validation and self._validation_fraction:
-            last.cut_tail(fraction=self._validation_fraction)
-        yield last
+        # No empty chunk follows: an attempt that goes on at the end would count one more than another.
+        for last in (full, chunk.seal(self._source, self._counts) if chunk.rows else None):
+            if last is not None:
+                if not self._counts.validation and self._validation_fraction:
+                    last.cut_tail(fraction=self._validation_fraction)
+                yield last
 
     def _new_chunk(self) -> Chunk:
         return Chunk(self.number, full_bytes=self._chunk_bytes)
@@ -136,10 +147,10 @@ class ChunkReader:
         elif isinstance(item, Dropped):
             self._counts.dropped[item.reason] = self._counts.dropped.get(item.reason, 0) + 1
         elif not is_validation(item.digest, fraction=self._validation_fraction):
-            chunk.add(item.content, TRAIN, item.num_bytes)
+            chunk.add(item.content, TRAIN, item.num_bytes, is_repeated=item.repeated)
         elif not item.repeated:
             self._counts.validation += 1
-            chunk.add(item.content, VALIDATION, item.num_bytes)
+            chunk.add(item.content, VALIDATION, item.num_bytes, is_repeated=False)
 
 
 def is_validation(digest: bytes, *, fraction: float) -> bool:

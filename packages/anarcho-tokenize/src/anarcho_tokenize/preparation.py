@@ -1,18 +1,23 @@
 """Text into token shards, in one call: `prepare_shards` for the sources of a configuration, `write_shards` for documents at hand."""
 
+import glob
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from anarcho_tokenize.bpe import Tokenizer, check_unicode
 from anarcho_tokenize.chunks import RowSource
 from anarcho_tokenize.config import DataConfig
+from anarcho_tokenize.directory import CONSUMED_FILE, LOCK_FILE, STATE_FILE
 from anarcho_tokenize.durable import replace_file, sync_directory
 from anarcho_tokenize.errors import ShardError, SourceError
-from anarcho_tokenize.production import CONSUMED_FILE, LOCK_FILE, STATE_FILE, PreparationReport, Production
+from anarcho_tokenize.production import PreparationReport, Production
 from anarcho_tokenize.rows import digest_of, texts_of
 from anarcho_tokenize.sources import BadRow, Example, Examples, check_source
 
@@ -70,6 +75,7 @@ def write_shards(
         num_workers=0,
     )
     staging = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    _remove_remains(target)
     try:
         with Production(staging, tokenizer, config, open_source=lambda *_: _GivenDocuments(documents)) as production:
             report = production.run()
@@ -102,6 +108,13 @@ def read_texts(config: DataConfig, *, notify: Callable[[str], None] | None = Non
 def release(directory: str | os.PathLike[str], tokens: int) -> None:
     """Tell a producer that the first so many training tokens are not needed any more, so that it may delete their shards."""
     replace_file(Path(directory) / CONSUMED_FILE, json.dumps({"tokens": tokens}).encode())
+
+
+def _remove_remains(target: Path) -> None:
+    """What killed attempts left beside `target`; an attempt that is still alive holds its lock."""
+    for remains in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
+        with suppress(Timeout), FileLock(remains / LOCK_FILE).acquire(timeout=0):
+            shutil.rmtree(remains, ignore_errors=True)
 
 
 class _GivenDocuments:

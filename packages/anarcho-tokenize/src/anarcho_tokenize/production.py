@@ -3,14 +3,6 @@
 Shards are closed only between chunks. Then everything is brought to disk in this order: the shards' files, the quarantine, the hashes of
 seen rows, `production.json` with the source's position, and the indexes by which readers see the new shards. So whatever is lost in a
 kill is made again from the same position, equal to the byte.
-
-A directory of prepared data:
-
-    train/  validation/      token shards, see `shards`
-    production.json          plan (what the tokens follow from), position, counts, shards of both parts
-    quarantine.jsonl         one object for each row that could not be used: place, reason, excerpt
-    seen.sqlite              hashes of the rows so far, with data.deduplicate
-    consumed.json            where a reader notes what it does not need any more, see `release`
 """
 
 import hashlib
@@ -18,9 +10,10 @@ import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -28,7 +21,19 @@ from anarcho_tokenize.bpe import Tokenizer
 from anarcho_tokenize.chunks import TRAIN, VALIDATION, Chunk, ChunkReader, Counts, RowSource
 from anarcho_tokenize.config import DataConfig
 from anarcho_tokenize.deduplication import SeenRows
-from anarcho_tokenize.durable import replace_file
+from anarcho_tokenize.directory import (
+    LOCK_FILE,
+    PARTS,
+    QUARANTINE_FILE,
+    SEEN_FILE,
+    STATE_FILE,
+    consumed_tokens,
+    plan_of,
+    read_state,
+    require_own,
+    validation_bound,
+)
+from anarcho_tokenize.durable import json_document, replace_file, sync
 from anarcho_tokenize.errors import ShardError, SourceError
 from anarcho_tokenize.rows import Content, Preference, texts_of
 from anarcho_tokenize.shard_writer import ShardWriter
@@ -36,14 +41,7 @@ from anarcho_tokenize.shards import FORMAT, VERSION
 from anarcho_tokenize.sources import BadRow
 from anarcho_tokenize.workers import EncodedDocument, Encoder
 
-PARTS = (TRAIN, VALIDATION)
-STATE_FILE = "production.json"
-QUARANTINE_FILE = "quarantine.jsonl"
-SEEN_FILE = "seen.sqlite"
-CONSUMED_FILE = "consumed.json"
-LOCK_FILE = ".lock"
 _LEAST_ROWS = 1000
-_STREAMED_VALIDATION_TOKENS = 2**18
 _SMALL_SOURCE_BYTES = 8 * 2**20
 _LOCK_SECONDS = 10
 _POLL_SECONDS = 0.05
@@ -104,36 +102,29 @@ class Production:
         self._reader: ChunkReader | None = None
 
     def __enter__(self) -> "Production":
-        _require_own_directory(self._directory)
+        require_own(self._directory)
         self._directory.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self._directory / LOCK_FILE)
-        try:
-            self._lock.acquire(timeout=_LOCK_SECONDS)
-        except Timeout as error:
-            raise ShardError(
-                f"{self._directory} is being prepared by another process; wait for it, or choose another directory."
-            ) from error
-        try:
-            self._restore()
-        except BaseException:
-            self._lock.release()
-            raise
+        lock = FileLock(self._directory / LOCK_FILE)
+        with ExitStack() as resources:
+            try:
+                resources.enter_context(lock.acquire(timeout=_LOCK_SECONDS))
+            except Timeout as error:
+                raise ShardError(
+                    f"{self._directory} is being prepared by another process; wait for it, or choose another directory."
+                ) from error
+            self._restore(resources)
+            self._resources = resources.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for writer in self._writers.values():
-            writer.discard()
-        self._quarantine.close()
-        if self._seen is not None:
-            self._seen.close()
-        self._lock.release()
+        self._resources.close()
 
     def run(self, on_progress: Callable[[PreparationReport], None] | None = None) -> PreparationReport:
         """Read, encode and write to the end; returns at once where that was done before."""
         if self._complete:
             return self.report()
         source = self._open_source(self._position, None if self._seen is None else self._is_duplicate)
-        self._write_indexes()
+        self._publish()
         self._reader = ChunkReader(
             source,
             counts=self._counts,
@@ -142,14 +133,13 @@ class Production:
             validation_fraction=self._config.validation_fraction,
         )
         with Encoder(self._tokenizer, num_workers=self._num_workers(source)) as encoder:
-            for chunk, documents in encoder.encode((chunk, chunk.contents) for chunk in self._reader):
-                self._take(chunk, documents)
+            chunks = encoder.encode((chunk, chunk.contents) for chunk in self._reader)
+            while not self._has_enough() and (encoded := next(chunks, None)) is not None:
+                self._take(*encoded)
                 if self._is_due():
                     self._commit()
                 if on_progress is not None:
                     on_progress(self.report())
-                if self._has_enough():
-                    break
         self._check_rate(at_end=True)
         self._check_parts()
         self._complete = True
@@ -175,10 +165,9 @@ class Production:
             source_total_bytes=self._progress[1],
         )
 
-    def _restore(self) -> None:
+    def _restore(self, resources: ExitStack) -> None:
         """Take up the state after the last commit, or that before the first."""
-        file = self._directory / STATE_FILE
-        state = _read_state(file, plan=self._plan) if file.exists() else {}
+        state = read_state(self._directory, plan=self._plan)
         self._complete: bool = state.get("complete", False)
         self._position: dict[str, Any] | None = state.get("position")
         self._progress: tuple[int, int | None] = tuple(state.get("progress", (0, None)))
@@ -187,13 +176,18 @@ class Production:
         self._earlier_seconds: float = state.get("seconds", 0.0)
         self._started = time.monotonic()
         header = self._header()
-        parts = state.get("parts", {})
-        self._writers = {part: ShardWriter(self._directory / part, header=header, shards=parts.get(part, [])) for part in PARTS}
-        self._quarantine = (self._directory / QUARANTINE_FILE).open("ab")
-        self._quarantine.truncate(state.get("quarantine_bytes", 0))
+        self._writers: dict[str, ShardWriter] = {}
+        for part in PARTS:
+            self._writers[part] = ShardWriter(self._directory / part, header=header, shards=state.get(part, []))
+            resources.callback(self._writers[part].discard)
+        if state:
+            self._publish()
+        self._quarantine = _open_quarantine(self._directory, num_bytes=state.get("quarantine_bytes", 0))
+        resources.callback(_close, self._quarantine)
         self._seen: SeenRows | None = None
         if self._config.deduplicate and not self._complete:
             self._seen = SeenRows(self._directory / SEEN_FILE, chunks=self._num_chunks)
+            resources.callback(self._seen.close)
 
     def _header(self) -> dict[str, Any]:
         """What the indexes say about all shards alike."""
@@ -249,11 +243,11 @@ class Production:
         for writer in self._writers.values():
             writer.close_shard()
         self._quarantine.flush()
-        os.fsync(self._quarantine.fileno())
+        sync(self._quarantine.fileno())
         if self._seen is not None:
             self._seen.flush()
         self._write_state()
-        self._write_indexes()
+        self._publish()
         if not self._complete and self._budget is not None:
             self._make_room(self._budget)
 
@@ -269,32 +263,37 @@ class Production:
             "counts": vars(self._counts),
             "seconds": self._seconds(),
             "quarantine_bytes": self._quarantine.tell(),
-            "parts": {part: writer.shards for part, writer in self._writers.items()},
+            **{part: writer.shards for part, writer in self._writers.items()},
         }
-        replace_file(self._directory / STATE_FILE, (json.dumps(state, indent=1) + "\n").encode())
+        replace_file(self._directory / STATE_FILE, json_document(state))
 
-    def _write_indexes(self) -> None:
+    def _publish(self) -> None:
+        """Let readers see what `production.json` says; only then may tokens go that it says are gone."""
         done = {TRAIN: self._complete, VALIDATION: self._complete or self._validation_is_full()}
         for part, writer in self._writers.items():
             writer.write_index(complete=done[part])
+            writer.delete_evicted()
 
     def _make_room(self, budget: int) -> None:
         """Delete training shards that nobody needs any more, oldest first, or wait until there are such, so that one more shard fits."""
         writer = self._writers[TRAIN]
-        excess = sum(map(writer.shard_bytes, range(len(writer.shards)))) - budget
-        excess += self._config.shard_tokens * writer.token_bytes
-        while excess > 0:
-            consumed, end = _consumed_tokens(self._directory), 0
-            for number, shard in enumerate(writer.shards):
-                end += shard["tokens"]
-                if excess > 0 and not shard["evicted"] and end <= consumed:
-                    excess -= writer.shard_bytes(number)
-                    shard["evicted"] = True
-            self._write_state()
-            self._write_indexes()
-            writer.delete_evicted()
-            if excess > 0:
+        most = budget - self._config.shard_tokens * writer.token_bytes
+        while (excess := writer.stored_bytes - most) > 0:
+            consumed = consumed_tokens(self._directory)
+            if writer.evict(excess, before=consumed):
+                self._write_state()
+                self._publish()
+            elif self._is_awaited(consumed):
+                return
+            else:
                 time.sleep(_POLL_SECONDS)
+
+    def _is_awaited(self, consumed: int) -> bool:
+        """Whether a reader may need more before it can release anything: the validation part, or the stretch that it shuffles next."""
+        needs_validation = self._config.validation_fraction > 0 and self._validation_bound is not None
+        if needs_validation and not self._validation_is_full():
+            return True
+        return self._writers[TRAIN].num_tokens - consumed < 2 * self._config.shuffle_tokens
 
     def _check_rate(self, *, at_end: bool) -> None:
         counts, most = self._counts, self._config.max_bad_share
@@ -330,22 +329,6 @@ class Production:
         return self._earlier_seconds + time.monotonic() - self._started
 
 
-def plan_of(config: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What the tokens follow from, as JSON: preparations with equal plans write equal shards."""
-    names = ("mixture_end", "kind", "deduplicate", "max_document_bytes", "max_tokens", "validation_fraction")
-    values = {name: getattr(config, name) for name in (*names, "shard_tokens")}
-    sources = [asdict(source) | {"languages": list(source.languages)} for source in config.mixture]
-    bound = {"validation_tokens": validation_bound(config)}
-    return {"sources": sources, **values, **bound, "tokenizer_sha256": tokenizer.sha256}
-
-
-def validation_bound(config: DataConfig) -> int | None:
-    """Tokens at which the validation part is full; None where it never is."""
-    if config.validation_tokens is None and config.streams:
-        return _STREAMED_VALIDATION_TOKENS
-    return config.validation_tokens
-
-
 def num_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -359,39 +342,18 @@ def _document_bytes(content: Content) -> list[int]:
     return [sum(len(text.encode()) for text in texts_of(content.prompt + answer)) for answer in answers]
 
 
-def _consumed_tokens(directory: Path) -> int:
-    file = directory / CONSUMED_FILE
-    return int(json.loads(file.read_bytes())["tokens"]) if file.exists() else 0
+def _open_quarantine(directory: Path, *, num_bytes: int) -> BinaryIO:
+    """The file with so many bytes, at its end. Raises ShardError where it is shorter."""
+    file = directory / QUARANTINE_FILE
+    stream = file.open("ab")
+    if (found := stream.tell()) < num_bytes:
+        stream.close()
+        raise ShardError(f"{file} has {found} bytes; expected {num_bytes} by {STATE_FILE}, so prepare the data anew.")
+    stream.truncate(num_bytes)
+    stream.seek(num_bytes)
+    return stream
 
 
-def _require_own_directory(directory: Path) -> None:
-    """A new or empty directory, or one that a preparation has begun."""
-    if not directory.exists() or (directory.is_dir() and (directory / STATE_FILE).is_file()):
-        return
-    own = {
-        LOCK_FILE,
-        QUARANTINE_FILE,
-        SEEN_FILE,
-        f"{SEEN_FILE}-wal",
-        f"{SEEN_FILE}-shm",
-        f"{STATE_FILE}.partial",
-        *PARTS,
-    }
-    if not directory.is_dir() or {entry.name for entry in directory.iterdir()} - own:
-        raise ShardError(f"{directory} already exists and holds no prepared data; remove it or choose another one.")
-
-
-def _read_state(file: Path, *, plan: dict[str, Any]) -> dict[str, Any]:
-    try:
-        state = json.loads(file.read_bytes())
-        version, begun = state["version"], state["plan"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{file} is damaged ({error!r}); remove {file.parent} and prepare the data anew.") from error
-    if version != VERSION:
-        raise ShardError(f"{file} has version {version!r}; expected {VERSION}, so prepare the data anew.")
-    if begun != plan:
-        keys = ", ".join(key for key in plan if begun.get(key) != plan[key])
-        raise ShardError(
-            f"{file.parent} was begun with other values of {keys}; go on with those, or prepare into a new directory."
-        )
-    return state
+def _close(stream: BinaryIO) -> None:
+    with suppress(OSError):  # of a full disk: closing writes what is left, which was not committed
+        stream.close()

@@ -2,17 +2,16 @@
 index that lists them is replaced after the producer has noted how far it came."""
 
 import hashlib
-import json
-import os
 from array import array
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
-from anarcho_tokenize.durable import replace_file, sync_directory
+from anarcho_tokenize.durable import json_document, replace_file, sync, sync_directory
 from anarcho_tokenize.shards import INDEX_FILE, MASK_TYPE, OFFSET_TYPE, token_type
 
 _PARTIAL = ".partial"
@@ -41,7 +40,8 @@ class ShardWriter:
         for file in directory.glob("shard-*"):
             if file.suffix == _PARTIAL or file.stem not in listed:
                 file.unlink()
-        self.delete_evicted()
+        index_file = directory / INDEX_FILE
+        self._index = index_file.read_bytes() if index_file.is_file() else b""
 
     @property
     def num_tokens(self) -> int:
@@ -57,10 +57,10 @@ class ShardWriter:
         """`tokens`, `documents` or `bytes` so far, pending ones included."""
         return self._closed[count] + (0 if self._open is None else self._open.counts()[count])
 
-    def shard_bytes(self, number: int) -> int:
-        """Bytes of a shard's tokens and mask on disk."""
-        shard = self.shards[number]
-        return 0 if shard["evicted"] else shard["tokens"] * self.token_bytes
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the closed shards' tokens and masks on disk."""
+        return sum(shard["tokens"] for shard in self.shards if not shard["evicted"]) * self.token_bytes
 
     def add(self, ids: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8] | None, *, num_bytes: int) -> None:
         """Append one document of `num_bytes` UTF-8 bytes; `mask` is None for a text."""
@@ -81,8 +81,25 @@ class ShardWriter:
 
     def write_index(self, *, complete: bool) -> None:
         """Let readers see the closed shards."""
-        index = {**self._header, "complete": complete, **self._closed, "shards": self.shards}
-        replace_file(self.directory / INDEX_FILE, (json.dumps(index, indent=1) + "\n").encode())
+        index = json_document({**self._header, "complete": complete, **self._closed, "shards": self.shards})
+        if index != self._index:
+            replace_file(self.directory / INDEX_FILE, index)
+            self._index = index
+
+    def evict(self, num_bytes: int, *, before: int) -> bool:
+        """Mark the oldest shards that end by token `before` as evicted until so many bytes are free; returns whether there was one.
+
+        `delete_evicted` deletes them, once the index is written.
+        """
+        end, found = 0, False
+        for shard in self.shards:
+            end += shard["tokens"]
+            if num_bytes <= 0 or end > before:
+                break
+            if not shard["evicted"]:
+                shard["evicted"] = found = True
+                num_bytes -= shard["tokens"] * self.token_bytes
+        return found
 
     def delete_evicted(self) -> None:
         """Delete the tokens of shards of which the index says that they are gone."""
@@ -106,32 +123,35 @@ class _OpenShard:
         self._name = name
         self._starts = array("Q", [0])
         self._bytes = 0
-        self._tokens = _HashedFile(directory / f"{name}.bin{_PARTIAL}")
-        self._mask = _HashedFile(directory / f"{name}.mask{_PARTIAL}") if masked else None
+        self._files: dict[str, _HashedFile] = {}
+        for suffix in (".bin", ".mask") if masked else (".bin",):
+            self._create(suffix)
 
     def add(self, ids: npt.NDArray[Any], mask: npt.NDArray[np.uint8] | None, *, num_bytes: int) -> None:
-        assert (mask is None) == (self._mask is None)
-        self._tokens.write(ids.tobytes())
-        if self._mask is not None and mask is not None:
-            self._mask.write(mask.astype(MASK_TYPE).tobytes())
+        assert (mask is not None) == (".mask" in self._files)
+        self._files[".bin"].write(ids.tobytes())
+        if mask is not None:
+            self._files[".mask"].write(mask.astype(MASK_TYPE).tobytes())
         self._starts.append(self._starts[-1] + len(ids))
         self._bytes += num_bytes
 
     def close(self) -> dict[str, Any]:
         """Finish the files, give them their names, and describe them as the index does."""
-        starts = _HashedFile(self._directory / f"{self._name}.idx{_PARTIAL}")
-        starts.write(np.array(self._starts, dtype=OFFSET_TYPE).tobytes())
-        hashes = {"sha256": self._tokens.close(), "index_sha256": starts.close()}
-        hashes |= {"mask_sha256": self._mask.close()} if self._mask is not None else {}
+        self._create(".idx").write(np.array(self._starts, dtype=OFFSET_TYPE).tobytes())
+        keys = {".bin": "sha256", ".idx": "index_sha256", ".mask": "mask_sha256"}
+        hashes = {keys[suffix]: file.close() for suffix, file in self._files.items()}
         return {"name": self._name, **self.counts(), **hashes, "evicted": False}
 
     def counts(self) -> dict[str, int]:
         return {"tokens": self._starts[-1], "documents": len(self._starts) - 1, "bytes": self._bytes}
 
     def discard(self) -> None:
-        for file in (self._tokens, self._mask):
-            if file is not None:
-                file.discard()
+        for file in self._files.values():
+            file.discard()
+
+    def _create(self, suffix: str) -> "_HashedFile":
+        self._files[suffix] = _HashedFile(self._directory / f"{self._name}{suffix}{_PARTIAL}")
+        return self._files[suffix]
 
 
 class _HashedFile:
@@ -148,11 +168,12 @@ class _HashedFile:
 
     def close(self) -> str:
         self._stream.flush()
-        os.fsync(self._stream.fileno())
+        sync(self._stream.fileno())
         self._stream.close()
         self._path.rename(self._path.with_suffix(""))
         return self._hash.hexdigest()
 
     def discard(self) -> None:
-        self._stream.close()
+        with suppress(OSError):  # of a full disk: closing writes what is left
+            self._stream.close()
         self._path.unlink(missing_ok=True)

@@ -50,7 +50,7 @@ def token_type(vocab_size: int) -> np.dtype[Any]:
 class TokenShards:
     """The tokens of a part of prepared data as one long sequence."""
 
-    def __init__(self, directory: Path, index: dict[str, Any], version: "_Version", *, growing: bool) -> None:
+    def __init__(self, directory: Path, index: dict[str, Any], *, growing: bool) -> None:
         """Used by `open`, which has checked the index."""
         self.directory = directory
         self.kind: Kind = index["kind"]
@@ -65,7 +65,6 @@ class TokenShards:
         self._maps: dict[tuple[int, str], npt.NDArray[Any]] = {}
         self._verified: set[str] = set()
         self._shards: list[dict[str, Any]] = []
-        self._take(index, version)
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str], *, growing: bool = False) -> "TokenShards":
@@ -77,10 +76,15 @@ class TokenShards:
         index, version = _read_index(folder)
         if not (index["complete"] or growing):
             raise ShardError(f"{folder} is not complete: its preparation was interrupted; run it again to continue it.")
-        return cls(folder, index, version, growing=growing)
+        shards = cls(folder, index, growing=growing)
+        shards._take(index, version)
+        return shards
 
     def refresh(self) -> None:
-        """Take up what was appended since; tokens that were there stay what they are."""
+        """Take up what was appended since; tokens that were there stay what they are.
+
+        Raises ShardError where they are not, because the directory was prepared anew.
+        """
         if self._growing and _version((self.directory / INDEX_FILE).stat()) != self._index_version:
             self._take(*_read_index(self.directory))
 
@@ -112,8 +116,9 @@ class TokenShards:
 
     def shard_documents(self, number: int) -> npt.NDArray[np.int64]:
         """Where each document of one shard starts in the whole sequence, and the shard's end; one more than it has documents."""
-        file = self.directory / f"{self._shards[number]['name']}.idx"
-        return np.fromfile(file, dtype=OFFSET_TYPE).astype(np.int64) + self._starts[number]
+        name = f"{self._shards[number]['name']}.idx"
+        self._require_intact(number, name)
+        return np.fromfile(self.directory / name, dtype=OFFSET_TYPE).astype(np.int64) + self._starts[number]
 
     def document_starts(self) -> npt.NDArray[np.int64]:
         """Where each document starts, and the end of the last one; shape (num_documents + 1,)."""
@@ -129,10 +134,15 @@ class TokenShards:
             )
 
     def _take(self, index: dict[str, Any], version: "_Version") -> None:
-        known = {file for shard in self._shards for file, _ in _files(shard)}
-        for shard in index["shards"]:
-            if not {file for file, _ in _files(shard)} <= known:
-                _check_sizes(self.directory, shard, token_bytes=token_type(self.vocab_size).itemsize)
+        self._require_continued(index)
+        try:
+            self._check_sizes(index)
+        except FileNotFoundError:
+            # A shard may have been evicted since the index was read, which then says so.
+            again, latest = _read_index(self.directory)
+            if latest == version:
+                raise
+            return self._take(again, latest)
         self._index_version = version
         self.complete: bool = index["complete"]
         """Whether nothing will be appended any more."""
@@ -143,6 +153,19 @@ class TokenShards:
         self._shards = index["shards"]
         self._starts = [0, *accumulate(shard["tokens"] for shard in self._shards)]
         self._maps = {key: view for key, view in self._maps.items() if not self._shards[key[0]]["evicted"]}
+        return None
+
+    def _require_continued(self, index: dict[str, Any]) -> None:
+        known = [(shard["name"], shard["sha256"]) for shard in self._shards]
+        found = [(shard["name"], shard["sha256"]) for shard in index["shards"][: len(known)]]
+        if found != known or index["plan_sha256"] != self.plan_sha256:
+            raise ShardError(f"{self.directory} was prepared anew while it was read; open it again, in a new run.")
+
+    def _check_sizes(self, index: dict[str, Any]) -> None:
+        known = {file for shard in self._shards for file, _ in _files(shard)}
+        for shard in index["shards"]:
+            if not {file for file, _ in _files(shard)} <= known:
+                _check_sizes(self.directory, shard, token_bytes=token_type(self.vocab_size).itemsize)
 
     def _read(self, start: int, stop: int, *, suffix: str, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
         if not 0 <= start <= stop <= self.num_tokens:
@@ -170,15 +193,19 @@ class TokenShards:
                 "start a new run with a larger budget."
             )
         name = f"{shard['name']}{suffix}"
+        self._require_intact(number, name)
+        view = np.memmap(self.directory / name, dtype=dtype, mode="r")
+        self._maps[number, suffix] = view
+        return view
+
+    def _require_intact(self, number: int, name: str) -> None:
+        """Check a file at its first use, where it came too late for `verify`."""
         if self._growing and name not in self._verified:
-            if self._sha256(name) != dict(_files(shard))[name]:
+            if self._sha256(name) != dict(_files(self._shards[number]))[name]:
                 raise ShardError(
                     f"{self.directory / name} is damaged: its sha256 is not the one in {INDEX_FILE}; prepare the data anew."
                 )
             self._verified.add(name)
-        view = np.memmap(self.directory / name, dtype=dtype, mode="r")
-        self._maps[number, suffix] = view
-        return view
 
     def _sha256(self, name: str) -> str:
         with (self.directory / name).open("rb") as stream:

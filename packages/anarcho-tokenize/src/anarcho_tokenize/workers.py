@@ -25,6 +25,11 @@ from anarcho_tokenize.rows import Content, Preference
 
 _CHUNKS_PER_WORKER = 2
 
+
+class KilledError(ShardError):
+    """A process that encodes was killed; another attempt may fare better."""
+
+
 Tag = TypeVar("Tag")
 
 
@@ -72,7 +77,7 @@ class Encoder:
     ) -> Iterator[tuple[Tag, list[tuple[EncodedDocument, ...]]]]:
         """Yield each chunk's tag with its rows' documents, in order; chunks are taken only a few ahead of those that are yielded.
 
-        Raises ShardError where a process is killed.
+        Raises KilledError where a process is killed.
         """
         if self._pool is None:
             for tag, contents in chunks:
@@ -89,7 +94,7 @@ class Encoder:
                 tag, future = waiting.popleft()
                 yield tag, future.result()
         except BrokenProcessPool as error:
-            raise ShardError(
+            raise KilledError(
                 "A process that tokenizes was killed, perhaps for want of memory; run the command again to go on, with "
                 "fewer data.num_workers."
             ) from error
