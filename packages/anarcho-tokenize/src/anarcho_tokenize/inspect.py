@@ -6,7 +6,6 @@ A token belongs to the words whose bytes it holds, in proportion to them, so the
 
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -139,10 +138,8 @@ class _Counts:
         self._kinds = np.array([piece.kind for piece in pieces])
         self._lengths = np.array([len(tokenizer.token_bytes(token)) for token in range(len(pieces))])
         self._uses = np.zeros(len(pieces), dtype=np.int64)
-        self._words: Counter[str] = Counter()
-        self._characters: Counter[str] = Counter()
-        self._bytes: Counter[str] = Counter()
-        self._tokens: Counter[str] = Counter()
+        self._scripts: dict[str, npt.NDArray[np.float64]] = {}
+        """Script -> words, characters, bytes and tokens."""
 
     def add(self, document: str) -> None:
         ids = self._tokenizer.encode_array(document)
@@ -154,16 +151,15 @@ class _Counts:
             text = f" {text}"
         parts = _PARTS.findall(text)
         ends = np.cumsum([0, *(len(part.encode()) for part in parts)])
-        if ends[-1] != lengths.sum():
+        if not parts or ends[-1] != lengths.sum():
             return
         # How many tokens end before a byte, with the share of the one around it.
         before = np.interp(ends, np.cumsum([0, *lengths]), np.arange(len(lengths) + 1))
-        for part, size, tokens in zip(parts, np.diff(ends).tolist(), np.diff(before).tolist(), strict=True):
-            script = _script_of_word(part)
-            self._words[script] += script != WHITE_SPACE
-            self._characters[script] += len(part)
-            self._bytes[script] += size
-            self._tokens[script] += tokens
+        scripts = np.array([_script_of_word(part) for part in parts])
+        columns = np.stack([scripts != WHITE_SPACE, list(map(len, parts)), np.diff(ends), np.diff(before)])
+        for script in np.unique(scripts):
+            sums = columns[:, scripts == script].sum(axis=1)
+            self._scripts[str(script)] = self._scripts.get(str(script), 0) + sums
 
     def report(self, *, documents: int, num_bytes: int, words: int, longest: int) -> TokenizerReport:
         tokenizer, model = self._tokenizer, self._tokenizer.piece_model
@@ -171,6 +167,7 @@ class _Counts:
         learned = np.flatnonzero(self._kinds == NORMAL)
         texts = [tokenizer.token_bytes(int(token)).decode() for token in learned]
         unused = sorted(learned[self._uses[learned] == 0].tolist(), key=lambda token: -model.pieces[token].score)
+        scripts = [_script_report(script, sums) for script, sums in self._scripts.items()]
         own_rules = model.normalizer if model.normalizes else "identity"
         return TokenizerReport(
             sha256=tokenizer.sha256,
@@ -189,26 +186,28 @@ class _Counts:
             unknown_token_share=_ratio(int(self._uses[self._kinds == UNKNOWN_KIND].sum()), tokens),
             unused_pieces=len(unused),
             unused_examples=tuple(tokenizer.token_bytes(token).decode() for token in unused[:longest]),
-            scripts=tuple(self._script_report(script) for script, _ in self._bytes.most_common()),
+            scripts=tuple(sorted(scripts, key=lambda script: -script.bytes)),
         )
 
-    def _script_report(self, script: str) -> ScriptReport:
-        words, size, tokens = self._words[script], self._bytes[script], float(self._tokens[script])
-        return ScriptReport(
-            script=script,
-            words=words,
-            characters=self._characters[script],
-            bytes=size,
-            tokens=tokens,
-            tokens_per_word=_ratio(tokens, words),
-            bytes_per_token=_ratio(size, tokens),
-        )
+
+def _script_report(script: str, sums: npt.NDArray[np.float64]) -> ScriptReport:
+    words, characters, size, tokens = sums.tolist()
+    return ScriptReport(
+        script=script,
+        words=int(words),
+        characters=int(characters),
+        bytes=int(size),
+        tokens=tokens,
+        tokens_per_word=_ratio(tokens, words),
+        bytes_per_token=_ratio(size, tokens),
+    )
 
 
 def _ratio(dividend: float, divisor: float) -> float:
     return dividend / divisor if divisor else 0.0
 
 
+@lru_cache(maxsize=1 << 16)
 def _script_of_word(part: str) -> str:
     if part.isspace():
         return WHITE_SPACE
