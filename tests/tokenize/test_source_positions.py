@@ -221,6 +221,18 @@ def test_source_that_has_changed_is_refused(tmp_path: Path, change: Callable[[Pa
         read_all(config, examples.position)
 
 
+@pytest.mark.parametrize("spec", [".", "a.jsonl", "*.jsonl", "./a.jsonl"])
+def test_relative_and_absolute_names_are_of_the_same_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str
+) -> None:
+    write_lines(tmp_path / "a.jsonl")
+    monkeypatch.chdir(tmp_path)
+    examples = Examples(DataConfig(source=spec))
+    items = list(zip(range(10), examples, strict=False))
+    rest = read_all(DataConfig(source=str(tmp_path / "a.jsonl")), examples.position)
+    assert len(items) + len(rest) == len(read_all(DataConfig(source=spec)))
+
+
 def test_moved_source_is_the_same(tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     write_lines(tmp_path / "old" / "a.jsonl")

@@ -23,10 +23,16 @@ class Catalog:
     text_field: str | None = None
     """The text's column, where the source names it."""
 
+    @property
+    def size(self) -> int | None:
+        """Bytes of all files as stored; None where unknown."""
+        sizes = [file.size for file in self.files if file.size is not None]
+        return sum(sizes) if len(sizes) == len(self.files) else None
+
     def identity(self) -> dict[str, Any]:
         """Names the files by their names, below their common folder, and sizes."""
         root = os.path.commonpath([Path(file.name).parent for file in self.files]) if self.files else ""
-        listed = [(file.name.removeprefix(root), file.size) for file in self.files]
+        listed = [(str(Path(file.name).relative_to(root)), file.size) for file in self.files]
         digest = hashlib.sha256(repr(listed).encode()).hexdigest()
         size = sum(size or 0 for _, size in listed)
         return {"files": len(listed), "bytes": size, "sha256": digest, "revision": self.revision}
@@ -71,6 +77,7 @@ class Feed:
     """Of the files that the place was in; None before they have been found."""
     is_open: bool = False
     _files: list[DataFile] = field(default_factory=list)
+    _size: int | None = None
     _text_field: str | None = None
     _reader: FileReader | None = None
     _rows: Iterator[Row] | None = None
@@ -82,7 +89,7 @@ class Feed:
         identity = catalog.identity()
         if known is not None and known != identity:
             raise _changed(self.source.source, known, identity)
-        self.identity, self._files = identity, catalog.files
+        self.identity, self._files, self._size = identity, catalog.files, catalog.size
         self._text_field = catalog.text_field or self.source.text_field
         self.is_open = True
 
@@ -116,11 +123,9 @@ class Feed:
 
     def progress(self) -> tuple[int, int | None]:
         """Bytes read, as stored, and in the first pass in all; None where unknown."""
-        sizes = [file.size for file in self._files if file.size is not None]
-        size = sum(sizes) if self.is_open and len(sizes) == len(self._files) else None
-        if size is not None and self.place.passes:
-            return size, size
-        return self.place.stored_bytes + (0 if self._reader is None else self._reader.stored_bytes), size
+        if self._size is not None and self.place.passes:
+            return self._size, self._size
+        return self.place.stored_bytes + (0 if self._reader is None else self._reader.stored_bytes), self._size
 
     def _read(self) -> Iterator[Row]:
         place, reading = self.place, self._reading()
