@@ -35,9 +35,9 @@ def sync_directory(directory: Path) -> None:
 
 def sync(descriptor: int) -> None:
     """Flush an open file to disk; on macOS through the cache of the drive, too, where fsync alone stops."""
-    if hasattr(fcntl, "F_FULLFSYNC"):
+    if (flush_drive := getattr(fcntl, "F_FULLFSYNC", None)) is not None:
         try:
-            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            fcntl.fcntl(descriptor, flush_drive)
         except OSError:
             pass  # a file system without it, such as one on the network
         else:
