@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers")
 
+
 @pytest.fixture(scope="session")
 def reference(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("saved")

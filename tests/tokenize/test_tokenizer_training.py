@@ -6,7 +6,8 @@ from collections import Counter
 
 import pytest
 from anarcho_tokenize import Tokenizer, TokenizerConfig, TokenizerError, train_tokenizer
-from anarcho_tokenize.training import sample_lines
+from anarcho_tokenize.piece_model import NORMAL
+from anarcho_tokenize.training import sample_documents, sample_lines
 
 
 @pytest.mark.parametrize("sample_bytes", [2**26, 50_000])
@@ -19,7 +20,7 @@ def test_equal_documents_and_seed_give_an_equal_file(chapters: list[str], sample
 
 def test_another_process_learns_the_same(chapters: list[str]) -> None:
     code = (
-        "from anarcho_tokenize import *\nfrom itertools import islice\n"
+        "from anarcho_tokenize import TokenizerConfig, embedded_documents, train_tokenizer\nfrom itertools import islice\n"
         "docs = islice(embedded_documents(), 5)\n"
         "print(train_tokenizer(docs, config=TokenizerConfig(vocab_size=400)).sha256)"
     )
@@ -127,3 +128,109 @@ def test_coverage_below_one_writes_rare_characters_as_bytes() -> None:
 
     assert pieces(rare) == [b"\xce", b"\xa9"]
     assert pieces(kept) == [b"\xce\xa9"]
+
+
+def test_a_sample_of_lines_does_not_prefer_short_ones() -> None:
+    document = "\n".join(["a" * 10, "b" * 200] * 500)
+    sampled = Counter(
+        line[0] for seed in range(50) for line in sample_lines([document], sample_bytes=10_000, seed=seed)
+    )
+    assert sampled.total() > 4000
+    assert abs(sampled["a"] - sampled["b"]) < 4 * sampled.total() ** 0.5
+
+
+def test_sample_of_documents_is_uniform_in_order_and_deterministic() -> None:
+    documents = [f"{number:03d}" for number in range(400)]
+    counts: Counter[str] = Counter()
+    for seed in range(100):
+        sample = sample_documents(iter(documents), count=100, seed=seed)
+        assert len(sample) == len(set(sample)) == 100
+        assert sample == sorted(sample) == sample_documents(documents, count=100, seed=seed)
+        counts.update(sample)
+    quarters = [sum(counts[document] for document in documents[start : start + 100]) for start in range(0, 400, 100)]
+    assert all(abs(quarter - 2500) < 200 for quarter in quarters)
+    assert sample_documents(documents, count=1000, seed=0) == documents
+
+
+def test_only_sampled_documents_are_learned_from() -> None:
+    documents = [f"{letter * 3} " * 30 for letter in "abcdefghij"]
+    config = TokenizerConfig(vocab_size=271, sample_documents=2)
+    letters = {piece for piece in learned(train_tokenizer(documents, config=config)) if piece.isalpha()}
+    assert len({piece[0] for piece in letters}) == 2
+
+
+def test_reading_stops_after_the_bytes_to_scan() -> None:
+    read = []
+
+    def endless():
+        while True:
+            read.append(1)
+            yield "white whale " * 100
+
+    train_tokenizer(endless(), config=TokenizerConfig(vocab_size=280, scan_bytes=5000))
+    assert len(read) == 5
+
+
+SYMBOLS = ("<think>", "</think>", "a,b", '"', "éé", "::", "<th")
+
+
+@pytest.mark.parametrize("text", ["{}", "x{}y", " {} ", "{}{}", "\n{}\n", "whale{}1"])
+@pytest.mark.parametrize("symbol", SYMBOLS)
+def test_user_symbols_are_always_one_token(with_symbols: Tokenizer, symbol: str, text: str) -> None:
+    pieces = [with_symbols.token_bytes(i).decode() for i in with_symbols.encode(text.format(symbol, symbol))]
+    assert pieces.count(symbol) == text.count("{}")
+    assert "".join(pieces) == text.format(symbol, symbol)
+
+
+def test_the_longest_user_symbol_wins_and_none_is_special(with_symbols: Tokenizer) -> None:
+    assert [with_symbols.token_bytes(i) for i in with_symbols.encode("<think><thin")][:2] == [b"<think>", b"<th"]
+    assert with_symbols.decode(with_symbols.encode("<think>")) == "<think>"
+    assert with_symbols.vocab_size == 400
+
+
+@pytest.fixture(scope="module")
+def with_symbols(chapters: list[str]) -> Tokenizer:
+    documents = [*chapters[:3], "<think> <think>a,b" * 100]
+    return train_tokenizer(documents, config=TokenizerConfig(vocab_size=400, user_symbols=SYMBOLS))
+
+
+@pytest.mark.parametrize(
+    ("symbols", "reason"),
+    [
+        (("",), "'', which is empty"),
+        (("a b",), "'a b', which holds white space"),
+        (("a\u3000b",), "which holds white space"),
+        (("x\0",), "which holds white space, NUL"),
+        (("\u2581x",), "which holds white space, NUL, U\\+2581"),
+        (("\n",), "which holds white space"),
+        (("<a>", "<a>"), "'<a>', which is there already"),
+        (("<|end|>",), "which is there already"),
+        (("<0x0A>",), "which is there already"),
+        (("e\u0301",), "which is not in the form tokenizer.normalization = 'nfc'"),
+        (("a\ud800",), "holds the lone surrogate"),
+    ],
+)
+def test_texts_that_cannot_be_user_symbols_are_refused(symbols: tuple[str, ...], reason: str) -> None:
+    config = TokenizerConfig(vocab_size=300, user_symbols=symbols, normalization="nfc")
+    with pytest.raises(TokenizerError, match=rf"tokenizer\.user_symbols.*{reason}"):
+        train_tokenizer(["the white whale"], config=config)
+
+
+def test_pieces_are_learned_from_the_normal_form() -> None:
+    documents = ["cafe\u0301 " * 50]
+    plain, composed = (
+        train_tokenizer(documents, config=TokenizerConfig(vocab_size=272, character_coverage=1.0, normalization=form))
+        for form in ("identity", "nfc")
+    )
+    assert any("e\u0301" in piece or piece == "\u0301" for piece in learned(plain))
+    assert any("é" in piece for piece in learned(composed))
+
+
+def test_equal_threads_give_an_equal_file(chapters: list[str]) -> None:
+    config = TokenizerConfig(vocab_size=500, num_threads=3)
+    first, second = (train_tokenizer(chapters[:20], config=config) for _ in range(2))
+    assert first.sha256 == second.sha256
+
+
+def learned(tokenizer: Tokenizer) -> list[str]:
+    return [piece.text for piece in tokenizer.piece_model.pieces if piece.kind == NORMAL]
