@@ -26,6 +26,7 @@ COMMANDS = [
     "doctor",
     "generate",
     "pretrain",
+    "tokenizer import",
     "tokenizer inspect",
     "tokenizer train",
 ]

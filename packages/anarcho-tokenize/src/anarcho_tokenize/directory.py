@@ -34,7 +34,7 @@ def require_own(directory: Path) -> None:
     own = (LOCK_FILE, STATE_FILE, QUARANTINE_FILE, SEEN_FILE, CONSUMED_FILE)
     beginnings = tuple(f"{name}{suffix}" for name in own for suffix in (".partial", "-wal", "-shm", "-journal"))
     if not directory.is_dir() or {entry.name for entry in directory.iterdir()} - {*own, *beginnings, *PARTS}:
-        raise ShardError(f"{directory} already exists and holds no prepared data; remove it or choose another one.")
+        raise ShardError(f"{directory} exists already and holds no prepared data; remove it or choose another one.")
 
 
 def read_state(directory: Path, *, plan: dict[str, Any]) -> dict[str, Any]:
