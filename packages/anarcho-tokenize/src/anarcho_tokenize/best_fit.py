@@ -21,7 +21,8 @@ import numpy.typing as npt
 
 from anarcho_tokenize.subset_sum import Row, filled, refined
 
-_ATTEMPTS = 2000
+_ATTEMPTS_PER_ROW = 15
+_MOST_ATTEMPTS = 2000
 """To save a row by filling others anew; each takes about a millisecond, and so there are fewer for rows beyond 4096 tokens."""
 
 
@@ -107,7 +108,7 @@ def _refined(
 ) -> _Assignment:
     lengths = np.repeat(np.arange(capacity, -1, -1), counts[::-1])
     by_row = np.split(lengths[np.argsort(rows, kind="stable")], np.cumsum(np.bincount(rows, minlength=num_rows))[:-1])
-    attempts = _ATTEMPTS * 4096 // max(capacity, 4096)
+    attempts = min(_ATTEMPTS_PER_ROW * num_rows, _MOST_ATTEMPTS * 4096 // max(capacity, 4096))
     better = refined([tuple(row.tolist()) for row in by_row], capacity, enough=enough, attempts=attempts)
     return _assigned([(row, 1) for row in better], capacity)
 

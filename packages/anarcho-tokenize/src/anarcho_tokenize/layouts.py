@@ -126,7 +126,7 @@ class _BestFit:
         self._first_shards = [0]  # of each block that is known, and of the next one
         self._first_rows = [0]
         self._targets = 0
-        self._packed = lru_cache(maxsize=4)(self._pack)
+        self._packed = lru_cache(maxsize=8)(self._pack)
 
     def block(self, row: int) -> Block | None:
         while row >= self._first_rows[-1]:

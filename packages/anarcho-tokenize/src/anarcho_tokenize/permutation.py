@@ -32,6 +32,8 @@ class Permutation:
     def __call__(self, positions: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """The items at these positions (each 0..size-1); same shape."""
         values = np.asarray(positions, dtype=np.int64).astype(np.uint64)
+        if self.size == 1:  # the walk of the smallest network to its only item would be the longest
+            return np.zeros(values.shape, dtype=np.int64)
         items = self._permute(values)
         while (outside := items >= self.size).any():
             items = np.where(outside, self._permute(items), items)

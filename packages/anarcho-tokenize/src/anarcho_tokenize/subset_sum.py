@@ -31,21 +31,22 @@ def filled(counts: Counter[int], capacity: int) -> Iterator[tuple[Row, int]]:
 
 
 def refined(rows: list[Row], capacity: int, *, enough: int, attempts: int) -> list[Row]:
-    """As many rows of the same pieces, or fewer; it ends after so many attempts, or with `enough` rows."""
+    """As many rows of the same pieces, or fewer; it ends after so many attempts, a quarter of them in vain, or with `enough` rows."""
     rows = sorted(rows, key=sum)
     full = rows[_ROWS_REFINED:]
     open_rows = [row for row in rows[:_ROWS_REFINED] if row[0] < capacity]
     full += [row for row in rows[:_ROWS_REFINED] if row[0] == capacity]
     draw = random.Random(0).random
+    vain = 0
     for _ in range(attempts):
-        if len(full) + len(open_rows) <= enough or len(open_rows) < 2:
+        if len(full) + len(open_rows) <= enough or len(open_rows) < 2 or vain > attempts // 4:
             break
-        _retry(open_rows, capacity, draw)
+        vain = 0 if _retry(open_rows, capacity, draw) else vain + 1
     return full + open_rows
 
 
-def _retry(rows: list[Row], capacity: int, draw: Callable[[], float]) -> None:
-    """Take the emptiest row and some others apart, and put back what concentrates the room more, or these."""
+def _retry(rows: list[Row], capacity: int, draw: Callable[[], float]) -> bool:
+    """Take the emptiest row and some others apart, and put back what concentrates the room more, or these; whether it does."""
     emptiest = min(range(len(rows)), key=lambda number: sum(rows[number]))
     taken = [rows.pop(emptiest)]
     for _ in range(min(_ROWS_TAKEN_APART, len(rows))):
@@ -56,7 +57,9 @@ def _retry(rows: list[Row], capacity: int, draw: Callable[[], float]) -> None:
         for row, times in _filled(pieces, capacity, order=lambda lengths: sorted(lengths, key=lambda _: draw()))
         for _ in range(times)
     ]
-    rows += found if _concentration(found) >= _concentration(taken) else taken
+    before, after = _concentration(taken), _concentration(found)
+    rows += found if after >= before else taken
+    return after > before
 
 
 def _concentration(rows: list[Row]) -> tuple[int, int]:
