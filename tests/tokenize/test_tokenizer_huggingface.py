@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,7 @@ def test_ids_equal_on_any_text(tokenizer: Tokenizer, reference, text: str) -> No
     assert tokenizer.encode(text) == ids_of(reference, text)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(words=st.lists(st.text(alphabet="an", min_size=3, max_size=12), min_size=30, max_size=40), data=st.data())
 def test_ids_equal_where_pieces_repeat_themselves(
     tmp_path_factory: pytest.TempPathFactory, words: list[str], data: st.DataObject
@@ -80,6 +81,13 @@ def test_ids_equal_where_pieces_repeat_themselves(
     reference = transformers.AutoTokenizer.from_pretrained(folder)
     for text in [*words, data.draw(st.text(alphabet="an ", max_size=300))]:
         assert learned.encode(text) == ids_of(reference, text)
+
+
+def test_ids_and_texts_equal_on_odd_texts(tokenizer: Tokenizer, reference) -> None:
+    for text in runpy.run_path(str(Path(__file__).with_name("odd_texts.py")))["odd_texts"](1000, seed=0):
+        ids = tokenizer.encode(text)
+        assert ids == ids_of(reference, text), ascii(text)
+        assert reference.decode(ids) == tokenizer.decode(ids) == text
 
 
 def train_as_large_as_possible(documents: list[str]) -> Tokenizer:

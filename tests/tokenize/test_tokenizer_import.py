@@ -43,7 +43,7 @@ RULES: dict[str, dict[str, object]] = {
 }
 """Models with rules of their own for characters, which transformers applies to clusters of them."""
 ALL = EXACT | LOSSY | RULES
-TEXTS = ODD["odd_texts"](200, seed=1, extra=(*SYMBOLS, "::::", "<th"))
+TEXTS = ODD["odd_texts"](120, seed=1, extra=(*SYMBOLS, "::::", "<th"))
 
 
 @pytest.fixture(scope="session")

@@ -75,8 +75,17 @@ def test_words_of_any_length_are_encoded_alike(mixed: Tokenizer, length: int) ->
             assert mixed.encode(text) == plain(mixed).encode(text)
 
 
-def test_arrays_are_of_int32_and_cannot_be_changed(english: Tokenizer) -> None:
-    ids = english.encode_array("Call me Ishmael.")
-    assert ids.dtype == np.int32
-    assert not ids.flags.writeable
+@pytest.mark.parametrize("alphabet", ["日本語のテキスト漢字", "abnpamx1", " a\n"])
+def test_texts_are_cut_into_stretches_that_change_nothing(
+    mixed: Tokenizer, alphabet: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "".join(random.Random(1).choices(alphabet, k=20_000))
+    expected = plain(mixed).encode(text)
+    monkeypatch.setattr(words, "_STRETCH_CHARACTERS", 50)
+    assert max(map(len, mixed._words._stretches(text))) < 400
+    assert mixed.encode(text) == expected
+
+
+def test_arrays_are_of_int32(english: Tokenizer) -> None:
+    assert english.encode_array("Call me Ishmael.").dtype == english.encode_array("").dtype == np.int32
     assert english.encode_array("").tolist() == []

@@ -28,7 +28,7 @@ from anarcho_tokenize.errors import TokenizerError
 from anarcho_tokenize.huggingface import tokenizer_files
 from anarcho_tokenize.importing import complete
 from anarcho_tokenize.normalization import Form, form_named, normalize
-from anarcho_tokenize.piece_model import BYTE, CONTROL, UNKNOWN_KIND, Piece, appended_plain_text, read_model
+from anarcho_tokenize.piece_model import BYTE, CONTROL, UNKNOWN_KIND, Piece, appended_plain_text
 from anarcho_tokenize.symbols import END_OF_TEXT, PAD, SPACE_MARK, SPECIAL_TOKENS, UNKNOWN
 from anarcho_tokenize.words import WordEncoder
 
@@ -43,18 +43,18 @@ class Tokenizer:
 
         Raises TokenizerError for anything else.
         """
-        self.model_bytes = complete(model, name=name)
-        """The file tokenizer.model: all that another process needs to make this tokenizer."""
+        self.model_bytes, self.piece_model = complete(model, name=name)
+        """The file tokenizer.model, all that another process needs to make this tokenizer; and its pieces and settings."""
         self.sha256 = hashlib.sha256(self.model_bytes).hexdigest()
         """Of the file tokenizer.model; it names this tokenizer in shards and checkpoints."""
-        self.piece_model = read_model(self.model_bytes)
-        """What the file says: pieces with their kinds and scores, and settings."""
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes)
         pieces = self.piece_model.pieces
         ids = {piece.text: number for number, piece in enumerate(pieces)}
         own = {UNKNOWN: self._processor.unk_id(), END_OF_TEXT: self._processor.eos_id(), PAD: self._processor.pad_id()}
         self.vocab_size = len(pieces)
-        self.special_tokens: dict[str, int] = {token: own.get(token, ids.get(token, -1)) for token in SPECIAL_TOKENS}
+        self.special_tokens: dict[str, int] = {
+            token: own[token] if token in own else ids[token] for token in SPECIAL_TOKENS
+        }
         """Name -> id. The model's own end of text, padding and unknown token may be spelled otherwise in its vocabulary."""
         self.eot_id = self.special_tokens[END_OF_TEXT]
         self.pad_id = self.special_tokens[PAD]

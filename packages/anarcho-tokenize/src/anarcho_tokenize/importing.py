@@ -53,20 +53,20 @@ def import_tokenizer(path: str | os.PathLike[str]) -> "Tokenizer":
     return Tokenizer(found.read_bytes(), name=str(found))
 
 
-def complete(data: bytes, *, name: str) -> bytes:
-    """The bytes of a model with all seven special tokens; those given, where nothing is missing. Raises TokenizerError."""
+def complete(given: bytes, *, name: str) -> tuple[bytes, PieceModel]:
+    """A model file with all seven special tokens, and what it says; the one given, where nothing is missing. Raises TokenizerError."""
     try:
         processor = sentencepiece.SentencePieceProcessor()
-        processor.LoadFromSerializedProto(data)
-        model = read_model(data)
+        processor.LoadFromSerializedProto(given)
+        model = read_model(given)
     except (RuntimeError, ValueError) as error:
         raise TokenizerError(f"{name} is not a SentencePiece model; expected the bytes of a .model file.") from error
     _check(model, name=name)
     kinds = {piece.text: piece.kind for piece in model.pieces}
     own = {END_OF_TEXT: processor.eos_id() >= 0, PAD: processor.pad_id() >= 0, UNKNOWN: processor.unk_id() >= 0}
     lacking = [token for token in SPECIAL_TOKENS if not own.get(token) and kinds.get(token) != CONTROL]
-    if raw := set(lacking) & kinds.keys():
-        data = with_controls(data, raw)
+    raw = set(lacking) & kinds.keys()
+    data = with_controls(given, raw) if raw else given
     appended = [token for token in lacking if token not in raw]
     ids = {piece.text: number for number, piece in enumerate(model.pieces)}
     ids |= {token: len(model.pieces) + number for number, token in enumerate(appended)}
@@ -75,7 +75,7 @@ def complete(data: bytes, *, name: str) -> bytes:
         data += appended_end_of_text(END_OF_TEXT, ids[END_OF_TEXT])
     if not own[PAD]:
         data += appended_padding(PAD, ids[PAD])
-    return data
+    return data, model if data == given else read_model(data)
 
 
 def _check(model: PieceModel, *, name: str) -> None:

@@ -49,9 +49,7 @@ class WordEncoder:
         texts = [piece.text for piece in model.pieces if piece.kind in (NORMAL, USER_DEFINED, UNUSED)]
         self._pattern = _word_pattern(texts, byte_fallback=model.byte_fallback)
         self._pairs: set[tuple[str, str]] = set()
-        self._cuts_words = (
-            self._pattern in (_WORDS, _WORDS_AND_SIGNS) and model.byte_fallback and model.algorithm == BPE
-        )
+        self._cuts_words = model.byte_fallback and model.algorithm == BPE
         if self._cuts_words:
             self._pairs.update(pair for text in texts for pair in pairwise(text))
         # Two generations: where the young one is full it becomes the old one, from which words that come again return.
@@ -61,15 +59,15 @@ class WordEncoder:
 
     def encode(self, text: str, *, num_threads: int = 1) -> npt.NDArray[np.int32]:
         """Ids of a text; words that are not remembered are encoded by so many threads."""
-        parts = []
+        ids = bytearray()
         for stretch in self._stretches(text):
             words = [stretch] if self._pattern is None else self._pattern.findall(stretch)
             if self._young_characters > _REMEMBERED_CHARACTERS:
                 self._old, self._young, self._young_characters = self._young, {}, 0
             if new := set(words).difference(self._young):
                 self._learn(new, num_threads=num_threads)
-            parts.append(b"".join(map(self._young.__getitem__, words)))
-        return np.frombuffer(b"".join(parts), dtype=np.int32)
+            ids += b"".join(map(self._young.__getitem__, words))
+        return np.frombuffer(ids, dtype=np.int32)
 
     def _learn(self, words: set[str], *, num_threads: int) -> None:
         """Put words into the young generation."""
@@ -93,28 +91,43 @@ class WordEncoder:
         return (between or b"").join(encoded)
 
     def _cuts(self, word: str) -> Iterator[str]:
-        """Cut a long word, such as a line of a script without spaces, between characters that no piece holds side by side."""
-        marked = word.replace(" ", SPACE_MARK)
-        start, at = 0, _LONG_WORD if self._cuts_words else len(word)
-        while at < len(word):
-            if (marked[at - 1], marked[at]) in self._pairs:
-                at += 1
-            else:
-                yield word[start:at]
-                start, at = at, at + _LONG_WORD
-        yield word[start:]
+        """Cut a long word, such as a line of a script without spaces."""
+        start = 0
+        while start < len(word):
+            end = self._next_cut(word, start + _LONG_WORD)
+            yield word[start:end]
+            start = end
+
+    def _next_cut(self, text: str, at: int) -> int:
+        """The first place from `at` on between characters that no piece holds side by side, or the end."""
+        if not self._cuts_words:
+            return len(text)
+        while at < len(text) and (_marked(text[at - 1]), _marked(text[at])) in self._pairs:
+            at += 1
+        return min(at, len(text))
 
     def _stretches(self, text: str) -> Iterator[str]:
         """Parts of a text that are made of whole words, so that never all words of a long one are in memory."""
         start = 0
-        next_word = _NEXT_SPACE if self._pattern is _WORDS_WITH_LINES else _NEXT_WORD
-        while self._pattern is not None and len(text) - start > _STRETCH_CHARACTERS:
-            found = next_word.search(text, start + _STRETCH_CHARACTERS)
-            if found is None:
-                break
-            yield text[start : found.start()]
-            start = found.start()
-        yield text[start:]
+        while start < len(text):
+            end = self._stretch_end(text, start + _STRETCH_CHARACTERS)
+            yield text[start:end]
+            start = end
+
+    def _stretch_end(self, text: str, at: int) -> int:
+        if at >= len(text):
+            return len(text)
+        if self._pattern is not None:
+            next_word = _NEXT_SPACE if self._pattern is _WORDS_WITH_LINES else _NEXT_WORD
+            # A longer word is cut as long words are, if that is possible.
+            limit = at + _STRETCH_CHARACTERS if self._cuts_words else len(text)
+            if found := next_word.search(text, at, limit):
+                return found.start()
+        return self._next_cut(text, at)
+
+
+def _marked(character: str) -> str:
+    return SPACE_MARK if character == " " else character
 
 
 def _packed(ids: Sequence[int]) -> bytes:
