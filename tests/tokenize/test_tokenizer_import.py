@@ -146,6 +146,15 @@ def test_a_model_without_an_end_gets_one(train: Callable[..., bytes], tmp_path: 
     assert (reference.bos_token, reference.eos_token, reference.eos_token_id) == (None, "<|endoftext|>", 900)
 
 
+def test_the_models_own_begin_and_end_are_those_of_transformers(train: Callable[..., bytes], tmp_path: Path) -> None:
+    tokenizer = Tokenizer(train(bos_piece="<bos>", eos_piece="<eos>", **EXACT["llama"]))
+    tokenizer.save(tmp_path)
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert (reference.bos_token, reference.bos_token_id) == ("<bos>", tokenizer.bos_id)
+    assert (reference.eos_token, reference.eos_token_id) == ("<eos>", tokenizer.eot_id)
+    assert reference("the whale")["input_ids"] == tokenizer.encode("the whale"), "neither is added to a text"
+
+
 def test_special_tokens_that_text_could_spell_are_made_unreachable(train: Callable[..., bytes]) -> None:
     model = train(user_defined_symbols=["<|user|>", "<|end|>"], **EXACT["llama"])
     assert own_ids(model, "<|user|>")[-1] == 3

@@ -58,6 +58,9 @@ class Tokenizer:
         """Name -> id. The model's own end of text, padding and unknown token may be spelled otherwise in its vocabulary."""
         self.eot_id = self.special_tokens[END_OF_TEXT]
         self.pad_id = self.special_tokens[PAD]
+        begin = self._processor.bos_id()
+        self.bos_id: int | None = begin if begin >= 0 else None
+        """The begin-of-text token of a foreign model; it is never added to a text."""
         self.normalization: Form = form_named(self.piece_model.normalizer)
         """Normal form that texts are brought into first; a foreign model's own rules are in `piece_model`."""
         self._bytes = [_piece_bytes(piece) for piece in pieces]

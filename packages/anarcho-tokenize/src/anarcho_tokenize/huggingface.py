@@ -39,7 +39,7 @@ def tokenizer_files(tokenizer: "Tokenizer") -> dict[str, str]:
 
     pieces = tokenizer.piece_model.pieces
     special = {name: pieces[token].text for name, token in tokenizer.special_tokens.items()}
-    begin = next((piece.text for piece in pieces if piece.kind == CONTROL and piece.text == "<s>"), None)
+    begin = None if tokenizer.bos_id is None else pieces[tokenizer.bos_id].text
     named = {special[END_OF_TEXT], special[PAD], special[UNKNOWN], begin}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
