@@ -65,8 +65,7 @@ def write_shards(
     Raises ShardError where the directory is in use, or a part that is wanted would hold no document.
     """
     target = Path(directory)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ShardError(f"{target} already exists and is not an empty directory; remove it or choose another one.")
+    _require_empty(target)
     config = DataConfig(
         source=source,
         validation_fraction=validation_fraction,
@@ -80,6 +79,7 @@ def write_shards(
         with Production(staging, tokenizer, config, open_source=lambda *_: _GivenDocuments(documents)) as production:
             report = production.run()
         (staging / LOCK_FILE).unlink(missing_ok=True)
+        _require_empty(target)
         staging.replace(target)
         sync_directory(target.parent)
         return report
@@ -108,6 +108,11 @@ def read_texts(config: DataConfig, *, notify: Callable[[str], None] | None = Non
 def release(directory: str | os.PathLike[str], tokens: int) -> None:
     """Tell a producer that the first so many training tokens are not needed any more, so that it may delete their shards."""
     replace_file(Path(directory) / CONSUMED_FILE, json.dumps({"tokens": tokens}).encode())
+
+
+def _require_empty(target: Path) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ShardError(f"{target} already exists and is not an empty directory; remove it or choose another one.")
 
 
 def _remove_remains(target: Path) -> None:

@@ -349,8 +349,9 @@ def _open_quarantine(directory: Path, *, num_bytes: int) -> BinaryIO:
     if (found := stream.tell()) < num_bytes:
         stream.close()
         raise ShardError(f"{file} has {found} bytes; expected {num_bytes} by {STATE_FILE}, so prepare the data anew.")
-    stream.truncate(num_bytes)
-    stream.seek(num_bytes)
+    if found > num_bytes:
+        stream.truncate(num_bytes)
+        stream.seek(num_bytes)
     return stream
 
 
