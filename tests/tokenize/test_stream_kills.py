@@ -201,7 +201,7 @@ def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
     (tmp_path / "source").mkdir()
     module = load_server()
     with module.serving(tmp_path / "source") as server:
-        server.drop_every_bytes = 20_000
+        server.drop_every_bytes = 60_000
         offline = {"HF_HOME": str(tmp_path / "hub"), "HF_ENDPOINT": server.url, "HF_HUB_DISABLE_TELEMETRY": "1"}
         yield os.environ | offline | {"OMP_NUM_THREADS": "1"}
 
