@@ -1,10 +1,15 @@
-"""Run-time checks of the model's annotated shapes, for the tests that turn them on.
+"""What all tests share: one computing thread a process, and run-time checks of the model's annotated shapes for tests that turn them on.
 
-The hook has to be in place before the package is first imported by any test. The checks are off until a test asks for them, because they
-cannot be traced into a compiled graph.
+Tests run in a process for each core, and are small: more threads would wait for each other, and sums would depend on their number.
+The hook of the checks has to be in place before the package is first imported by any test. They are off until a test asks for them,
+because they cannot be traced into a compiled graph.
 """
 
 from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 try:
     import anarcho_model

@@ -60,7 +60,7 @@ def test_the_forecast_of_activations_is_within_two_percent_of_what_autograd_save
 
 
 MEASURE = """
-import resource, psutil, torch
+import pathlib, re, resource, sys, psutil, torch
 from anarcho_model import ModelConfig
 from anarcho_model.torch import GPT
 torch.set_num_threads(1)
@@ -77,8 +77,12 @@ steps(GPT(ModelConfig(vocab_size=64, context_length=16, num_layers=1, dim=32, nu
 before = psutil.Process().memory_info().rss
 model = GPT(ModelConfig(vocab_size=4096, context_length=256, num_layers=4, dim=256, num_heads=4, hidden_dim=704))
 steps(model, 6, 256)
-unit = 1 if __import__("sys").platform == "darwin" else 1024
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before)
+def peak():
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts what the parent held when it started this process into ru_maxrss, but not here.
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+print(peak() - before)
 """
 
 

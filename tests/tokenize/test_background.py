@@ -210,8 +210,9 @@ class Refusing(BaseHTTPRequestHandler):
         """Nothing is printed."""
 
 
-def test_network_failures_are_told_and_then_raised(start: Callable[..., Any]) -> None:
+def test_network_failures_are_told_and_then_raised(start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()

@@ -105,7 +105,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def read(server: Any, home: Path) -> Iterator[Callable[..., dict[str, Any]]]:
     """Reads a source in the process whose hub is the server."""
-    environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_TOKEN": ""}
+    environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_TOKEN": "", "HF_HUB_OFFLINE": "0"}
     errors = home / "stderr"
     with errors.open("w") as stream:
         process = subprocess.Popen(

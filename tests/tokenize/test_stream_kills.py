@@ -202,7 +202,7 @@ def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
     module = load_server()
     with module.serving(tmp_path / "source") as server:
         server.drop_every_bytes = 60_000
-        offline = {"HF_HOME": str(tmp_path / "hub"), "HF_ENDPOINT": server.url, "HF_HUB_DISABLE_TELEMETRY": "1"}
+        offline = {"HF_HOME": str(tmp_path / "hub"), "HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0"}
         yield os.environ | offline | {"OMP_NUM_THREADS": "1"}
 
 

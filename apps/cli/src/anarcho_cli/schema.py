@@ -68,7 +68,7 @@ def _instance(config_class: type[Config], checked: pydantic.BaseModel) -> Config
         hint = field_types(config_class)[key]
         if (nested := _nested(hint)) is not None and value is not None:
             values[key] = _instance(nested, value)
-        elif (item := _item(hint)) is not None:
+        elif (item := _item(hint)) is not None and value is not None:
             values[key] = tuple(_instance(item, element) for element in value)
     return config_class(**values)
 

@@ -62,7 +62,7 @@ class Writer:
         """The new text in pieces, as soon as each is valid UTF-8; without stop tokens in ``config``, up to end-of-text."""
         from anarcho_tokenize import StreamDecoder
 
-        decoder = StreamDecoder(self.tokenizer)
+        decoder = StreamDecoder(self.tokenizer, continues=bool(prompt))
         for token in self._tokens(prompt, config):
             if piece := decoder.push(token):
                 yield piece
@@ -71,14 +71,17 @@ class Writer:
 
     def complete(self, prompt: str, *, config: SamplingConfig) -> Completion:
         """The new text as a whole."""
+        from anarcho_tokenize import StreamDecoder
+
         start = time.monotonic()
         tokens = list(self._tokens(prompt, config))
         prompt_tokens = len(self.prompt_ids(prompt))
         stopped_by = "length" if len(tokens) == config.max_new_tokens else "end_of_text"
         if prompt_tokens + len(tokens) == self.model.config.context_length:
             stopped_by = "context"
+        decoder = StreamDecoder(self.tokenizer, continues=bool(prompt))
         return Completion(
-            text=self.tokenizer.decode(tokens),
+            text="".join(map(decoder.push, tokens)) + decoder.flush(),
             prompt_tokens=prompt_tokens,
             new_tokens=len(tokens),
             seconds=time.monotonic() - start,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from anarcho_tokenize.corpus import embedded_documents
     from anarcho_tokenize.errors import ShardError, SourceError, TokenizerError
     from anarcho_tokenize.importing import import_tokenizer
-    from anarcho_tokenize.inspect import TokenizerReport, inspect_tokenizer
+    from anarcho_tokenize.inspect import TokenizerReport, compare_tokenizers, inspect_tokenizer
     from anarcho_tokenize.packing import Batch, PackedBatches, SequentialBatches
     from anarcho_tokenize.preparation import prepare_shards, read_texts, release, write_shards
     from anarcho_tokenize.production import PreparationReport
@@ -57,6 +57,7 @@ __all__ = [
     "TokenizerError",
     "TokenizerReport",
     "check_source",
+    "compare_tokenizers",
     "embedded_documents",
     "encode_chat",
     "encode_conversation",
@@ -81,7 +82,7 @@ _HOMES = {
     "corpus": ("embedded_documents",),
     "errors": ("ShardError", "SourceError", "TokenizerError"),
     "importing": ("import_tokenizer",),
-    "inspect": ("TokenizerReport", "inspect_tokenizer"),
+    "inspect": ("TokenizerReport", "compare_tokenizers", "inspect_tokenizer"),
     "packing": ("Batch", "PackedBatches", "SequentialBatches"),
     "preparation": ("prepare_shards", "read_texts", "release", "write_shards"),
     "production": ("PreparationReport",),

@@ -181,7 +181,9 @@ class DataConfig:
     """A streaming run shuffles within stretches of so many tokens; others shuffle everything."""
 
     disk_budget: int | None = None
-    """Bytes of shards that a streaming run keeps: trained ones are deleted, oldest first, and there is one epoch only."""
+    """Bytes of shards that a streaming run keeps: trained ones are deleted, oldest first, and there is one epoch only.
+
+    What the next samples need is kept in any case, so this is a bound only where it leaves room for two of `shuffle_tokens`."""
 
     packing: Literal["concat", "best-fit"] = "concat"
     """`concat` cuts the joined documents into sequences, `best-fit` puts whole documents into sequences that they fill best."""

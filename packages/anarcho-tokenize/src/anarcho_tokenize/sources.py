@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from anarcho_tokenize.config import DataConfig, SourceConfig
+from anarcho_tokenize.config import REMOTE, DataConfig, SourceConfig
 from anarcho_tokenize.errors import SourceError
 from anarcho_tokenize.feeds import Feed, Place, local_catalog
 from anarcho_tokenize.files import EMBEDDED, find_files, require_modules
@@ -226,7 +226,7 @@ def read_documents(
 
 def is_remote(spec: str) -> bool:
     """Whether a source is read through the network."""
-    return spec.startswith(("hf://", "https://", "http://"))
+    return spec.startswith(REMOTE)
 
 
 def check_source(config: DataConfig) -> None:
