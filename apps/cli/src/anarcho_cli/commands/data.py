@@ -100,7 +100,9 @@ def inspect(
         median = report.length_quantiles.get(0.5, "-")
         kind = report.kind if report.complete else f"{report.kind}, not complete"
         rows.append((name, kind, *counts, median, report.fingerprint[:12]))
-    print_table([*columns, "source"], [(*row, reports[str(row[0])].source) for row in rows])
+    print_table(columns, rows)
+    for source in dict.fromkeys(report.source for report in reports.values()):
+        print(f"source: {source}")
     if decoder is not None and samples:
         _show_samples(root, decoder, count=samples, length=length, packing=packing, seed=seed)
 
