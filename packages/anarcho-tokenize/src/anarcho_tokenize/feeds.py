@@ -38,9 +38,9 @@ class Catalog:
         return {"files": len(listed), "bytes": size, "sha256": digest, "revision": self.revision}
 
 
-def local_catalog(spec: str) -> Catalog:
+def local_catalog(spec: str, *, kind: Kind) -> Catalog:
     """The files that a source names on this machine. Raises FileNotFoundError or SourceError."""
-    return Catalog([embedded_file()] if spec == EMBEDDED else local_files(spec))
+    return Catalog([embedded_file(kind)] if spec == EMBEDDED else local_files(spec))
 
 
 @dataclass(slots=True)

@@ -13,7 +13,8 @@ from io import BufferedIOBase, BytesIO
 from pathlib import Path
 from typing import Literal
 
-from anarcho_tokenize.corpus import EMBEDDED_BYTES, embedded_documents
+from anarcho_tokenize.config import Kind
+from anarcho_tokenize.corpus import EMBEDDED_BYTES, embedded_documents, embedded_rows
 from anarcho_tokenize.errors import SourceError
 from anarcho_tokenize.lines import read_lines, read_parts, read_separated
 from anarcho_tokenize.reading import Fault, Reading, Row
@@ -136,9 +137,12 @@ def local_files(spec: str | os.PathLike[str]) -> list[DataFile]:
     return [_local(path) for path in find_files(spec)]
 
 
-def embedded_file() -> DataFile:
-    """The embedded corpus, as if it were a file."""
-    return DataFile(EMBEDDED, EMBEDDED, "", EMBEDDED_BYTES, BytesIO)
+def embedded_file(kind: Kind) -> DataFile:
+    """The embedded corpus, conversations or preferences, as if they were a file."""
+    if kind == "text":
+        return DataFile(EMBEDDED, EMBEDDED, "", EMBEDDED_BYTES, BytesIO)
+    rows = embedded_rows(kind)
+    return DataFile(f"{EMBEDDED}-{kind}", ".jsonl", ".xz", len(rows), lambda: BytesIO(rows))
 
 
 def form_of(file_name: str, *, name: str) -> tuple[Form, str]:

@@ -241,7 +241,7 @@ def check_source(config: DataConfig) -> None:
 
             check_remote(source.source)
             continue
-        for file in local_catalog(source.source).files:
+        for file in local_catalog(source.source, kind=config.kind).files:
             require_modules(file)
             if file.form not in (".txt", EMBEDDED):
                 continue
@@ -260,7 +260,7 @@ def _feed(config: DataConfig, number: int, source: SourceConfig, **network: Any)
 
     def find(revision: str | None) -> Any:
         if not is_remote(spec):
-            return local_catalog(spec)
+            return local_catalog(spec, kind=config.kind)
         from anarcho_tokenize.hub import remote_catalog
 
         return remote_catalog(spec, revision=revision, retries=config.network_retries, **network)
