@@ -18,8 +18,10 @@ Sources: Llama (arXiv:2302.13971), SwiGLU (arXiv:2002.05202), GQA (arXiv:2305.13
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -54,11 +56,25 @@ class KVCache:
             )
         shape = (batch, config.kv_heads, capacity, config.head_size)
         dtype = compute_dtype(weight)
-        self.layers = [
-            LayerCache(torch.zeros(shape, device=weight.device, dtype=dtype)) for _ in range(config.num_layers)
-        ]
+        stores = [torch.zeros(shape, device=weight.device, dtype=dtype) for _ in range(2 * config.num_layers)]
+        self.layers = [LayerCache(*pair) for pair in zip(stores[::2], stores[1::2], strict=True)]
         self.lengths = torch.zeros(batch, dtype=torch.long, device=weight.device)
         self.capacity = capacity
+
+    def select(self, rows: Sequence[int]) -> KVCache:
+        """A cache of these rows alone, in this order, over the same storage, with lengths of its own.
+
+        Rows that follow each other are read where they lie; others are copied for each reading.
+        """
+        view = copy.copy(self)
+        index = torch.tensor(rows, device=self.lengths.device)
+        view.lengths = self.lengths[index]
+        first, stop = rows[0], rows[0] + len(rows)
+        if list(rows) == list(range(first, stop)):
+            view.layers = [LayerCache(layer.keys[first:stop], layer.values[first:stop]) for layer in self.layers]
+        else:
+            view.layers = [LayerCache(layer.keys, layer.values, rows=index) for layer in self.layers]
+        return view
 
     def next_positions(self, length: int) -> Int[Tensor, "batch length"]:
         """Positions of `length` new tokens a row; ContextError if the longest row has no room for them."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from anarcho_model.generate.sampling import SamplingConfig, SamplingError
 from anarcho_model.torch import GPT, ContextError, KVCache
 
-__all__ = ["generate", "generate_batch", "next_token_probabilities"]
+__all__ = ["check_prompt", "draw", "generate", "generate_batch", "next_token_probabilities", "seeded_generator"]
 
 
 def generate(model: GPT, prompt_ids: Sequence[int], *, config: SamplingConfig) -> Iterator[int]:
@@ -82,13 +82,13 @@ class _Rows:
         self.model, self.config = model, config
         context = model.config.context_length
         for prompt in prompts:
-            _check_prompt(prompt, vocab_size=model.config.vocab_size, context_length=context)
+            check_prompt(prompt, vocab_size=model.config.vocab_size, context_length=context)
         self.rooms = [min(config.max_new_tokens, context - len(prompt)) for prompt in prompts]
         self.unread = [list(prompt) for prompt in prompts]
         self.read = [0] * len(prompts)
         capacity = max(len(prompt) + room for prompt, room in zip(prompts, self.rooms, strict=True))
         self.cache = KVCache(model, batch=len(prompts), capacity=capacity)
-        self.generators = [_generator(config.seed, row) for row in range(len(prompts))]
+        self.generators = [seeded_generator(config.seed, row=row) for row in range(len(prompts))]
 
     @torch.no_grad()
     def advance(self) -> list[int | None] | None:
@@ -117,11 +117,7 @@ class _Rows:
         return self.model.unembed(last).float().cpu()
 
     def _draw(self, row: int, logits: Tensor) -> int | None:
-        if self.config.temperature == 0:
-            token = int(logits.argmax())
-        else:
-            probabilities = next_token_probabilities(logits, config=self.config)
-            token = int(torch.multinomial(probabilities, 1, generator=self.generators[row]))
+        token = draw(logits, config=self.config, generator=self.generators[row])
         return None if token in self.config.stop_token_ids else token
 
 
@@ -130,7 +126,15 @@ def _stream(rows: _Rows) -> Iterator[int]:
         yield tokens[0]
 
 
-def _generator(seed: int | None, row: int) -> torch.Generator:
+def draw(logits: Float[Tensor, " vocab"], *, config: SamplingConfig, generator: torch.Generator) -> int:
+    """The next token; with temperature 0 the likeliest one, and then nothing is drawn from the generator."""
+    if config.temperature == 0:
+        return int(logits.argmax())
+    return int(torch.multinomial(next_token_probabilities(logits, config=config), 1, generator=generator))
+
+
+def seeded_generator(seed: int | None, *, row: int = 0) -> torch.Generator:
+    """The generator of row `row` of a batch with this seed; without one, a generator that nobody can repeat."""
     generator = torch.Generator("cpu")
     if seed is None:
         generator.seed()
@@ -138,7 +142,8 @@ def _generator(seed: int | None, row: int) -> torch.Generator:
     return generator.manual_seed((seed + row) % 2**63)
 
 
-def _check_prompt(prompt: Sequence[int], *, vocab_size: int, context_length: int) -> None:
+def check_prompt(prompt: Sequence[int], *, vocab_size: int, context_length: int) -> None:
+    """Raise SamplingError for an empty prompt or an unknown id, ContextError for a prompt longer than the context."""
     if not prompt:
         raise SamplingError("The prompt is empty, expected at least one token, such as the end-of-text id.")
     outside = next((token for token in prompt if not 0 <= token < vocab_size), None)

@@ -141,10 +141,16 @@ class AttentionContext(NamedTuple):
 
 
 class LayerCache:
-    """Keys and values of one layer; see `KVCache`."""
+    """Keys and values of one layer; see `KVCache`. With `rows`, the batch is these rows of the stored ones."""
 
-    def __init__(self, keys: Float[Tensor, "batch kv capacity head"]) -> None:
-        self.keys, self.values = keys, torch.zeros_like(keys)
+    def __init__(
+        self,
+        keys: Float[Tensor, "stored kv capacity head"],
+        values: Float[Tensor, "stored kv capacity head"],
+        *,
+        rows: Int[Tensor, " batch"] | None = None,
+    ) -> None:
+        self.keys, self.values, self.rows = keys, values, rows
 
     def append(
         self,
@@ -153,10 +159,11 @@ class LayerCache:
         context: AttentionContext,
     ) -> tuple[Float[Tensor, "batch kv extent head"], Float[Tensor, "batch kv extent head"]]:
         """Store the new tokens at their positions and return everything up to the furthest one."""
-        rows = torch.arange(keys.shape[0], device=keys.device)[:, None]
-        self.keys[rows, :, context.positions] = keys.transpose(1, 2).to(self.keys.dtype)
-        self.values[rows, :, context.positions] = values.transpose(1, 2).to(self.values.dtype)
-        return self.keys[:, :, : context.extent], self.values[:, :, : context.extent]
+        rows = torch.arange(keys.shape[0], device=keys.device) if self.rows is None else self.rows
+        self.keys[rows[:, None], :, context.positions] = keys.transpose(1, 2).to(self.keys.dtype)
+        self.values[rows[:, None], :, context.positions] = values.transpose(1, 2).to(self.values.dtype)
+        stored = self.keys[:, :, : context.extent], self.values[:, :, : context.extent]
+        return stored if self.rows is None else (stored[0][self.rows], stored[1][self.rows])
 
 
 class Attention(nn.Module):
