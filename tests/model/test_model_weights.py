@@ -124,3 +124,49 @@ def test_missing_files_and_broken_settings_are_named(build, tmp_path):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(DirectoryError, match=rf"config\.json.*{message}"):
             load_config(tmp_path)
+
+
+def split(directory, *, homes):
+    """Part a model's file into several, with an index; `homes` says which file a tensor goes to."""
+    whole = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    places = {name: homes(name) for name in whole}
+    for home in set(places.values()):
+        save_file({name: whole[name] for name in whole if places[name] == home}, directory / home)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+
+def test_weights_in_several_files_load_like_those_in_one(build, tmp_path):
+    model = build()
+    save_pretrained(model, tmp_path, eos_token_id=1, pad_token_id=2, dtype=torch.bfloat16)
+    expected = load_pretrained(tmp_path).state_dict()
+    split(tmp_path, homes=lambda name: f"model-0000{1 + ('layers.1' in name)}-of-00002.safetensors")
+    found = load_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_an_index_that_names_absent_or_foreign_files_is_refused_by_name(build, tmp_path):
+    save_pretrained(build(), tmp_path, eos_token_id=1, pad_token_id=2)
+    split(tmp_path, homes=lambda name: "a.safetensors" if "layers.1" in name else "b.safetensors")
+    (tmp_path / "a.safetensors").rename(tmp_path / "c.safetensors")
+    with pytest.raises(
+        FileNotFoundError, match=r"a\.safetensors not found, expected it because .*index\.json names it"
+    ):
+        load_pretrained(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    for places, message in (
+        ({"x": "../a.safetensors"}, "expected a file of the same directory"),
+        ({}, "weight_map is"),
+    ):
+        index.write_text(json.dumps({"weight_map": places}))
+        with pytest.raises(DirectoryError, match=message):
+            load_pretrained(tmp_path)
+
+
+def test_a_tensor_in_two_files_is_refused_by_name(build, tmp_path):
+    save_pretrained(build(), tmp_path, eos_token_id=1, pad_token_id=2)
+    split(tmp_path, homes=lambda name: "a.safetensors" if "layers.1" in name else "b.safetensors")
+    norm = {"model.norm.weight": torch.ones(32)}
+    save_file(load_file(tmp_path / "a.safetensors") | norm, tmp_path / "a.safetensors")
+    with pytest.raises(DirectoryError, match=r"both hold model\.norm\.weight"):
+        load_pretrained(tmp_path)

@@ -16,16 +16,19 @@ from anarcho_model.config import ConfigError, ModelConfig
 __all__ = [
     "CONFIG_FILE",
     "GENERATION_FILE",
+    "INDEX_FILE",
     "WEIGHTS_FILE",
     "DirectoryError",
     "check_shapes",
     "load_config",
     "load_stop_token_ids",
+    "weight_files",
     "write_config_files",
 ]
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 GENERATION_FILE = "generation_config.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -58,6 +61,35 @@ def load_stop_token_ids(directory: str | Path) -> tuple[int, ...]:
     if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
         raise DirectoryError(f"{path}: eos_token_id is {found!r}, expected a token id or a list of them.")
     return tuple(ids)
+
+
+def weight_files(directory: str | Path) -> tuple[Path, ...]:
+    """The files that hold a model's weights: `model.safetensors`, or those that `model.safetensors.index.json` names.
+
+    Raises:
+        FileNotFoundError: there is neither, or a file that the index names is missing.
+        DirectoryError: the index is not valid, or names a file outside of the directory.
+    """
+    directory = Path(directory)
+    if (directory / WEIGHTS_FILE).is_file():
+        return (directory / WEIGHTS_FILE,)
+    index = directory / INDEX_FILE
+    if not index.is_file():
+        raise FileNotFoundError(
+            f"{directory / WEIGHTS_FILE} not found, expected it or {INDEX_FILE} beside {CONFIG_FILE}."
+        )
+    places = _read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise DirectoryError(
+            f"{index}: weight_map is {str(places)[:40]}, expected names of tensors and of their files."
+        )
+    names = sorted(set(places.values()))
+    for name in names:
+        if Path(name).name != name:
+            raise DirectoryError(f"{index} names the file {name!r}, expected a file of the same directory.")
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"{directory / name} not found, expected it because {INDEX_FILE} names it.")
+    return tuple(directory / name for name in names)
 
 
 def write_config_files(
