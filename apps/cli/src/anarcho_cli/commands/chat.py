@@ -1,0 +1,141 @@
+"""`anarcho chat`: converse with a model, on a terminal or through a pipe."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from anarcho_cli.devices import Device
+from anarcho_cli.models import Which
+
+if TYPE_CHECKING:
+    from anarcho_cli.chatting import Chat
+
+HELP = """\
+/help          this list
+/reset         forget the conversation; the system message stays
+/system TEXT   set the system message; without a text, take it away
+/save FILE     write the conversation as a line of JSON
+/load FILE     go on with a conversation from a file
+/exit          leave, as the end of the input does
+A message that begins with a slash is written with two. Ctrl-C stops an answer."""
+
+
+def chat(
+    model: Annotated[Path, typer.Argument(metavar="RUN", help="A run, a checkpoint or a model directory.")],
+    system: Annotated[str, typer.Option("--system", "-s", help="Message that stands before the conversation.")] = "",
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Most tokens of an answer.")] = 512,
+    temperature: Annotated[
+        float, typer.Option("--temperature", "-t", help="0 always takes the likeliest token.")
+    ] = 0.7,
+    top_k: Annotated[int | None, typer.Option("--top-k", help="Draw among the k likeliest tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", help="Draw among the likeliest that hold this share.")
+    ] = None,
+    min_p: Annotated[
+        float | None, typer.Option("--min-p", help="Least probability, relative to the likeliest.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the draws, to repeat a conversation.")] = None,
+    checkpoint: Annotated[Which, typer.Option("--checkpoint", help="Which checkpoint of a run.")] = Which.last,
+    device: Annotated[Device, typer.Option("--device", help="Where the model runs.")] = Device.auto,
+) -> None:
+    """Converse with a model that was fine-tuned on conversations; a line is a message, /help lists what else there is."""
+    from anarcho_model.generate.sampling import SamplingConfig
+
+    from anarcho_cli.models import find_model
+
+    config = SamplingConfig(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
+    )
+    directory = find_model(model, which=checkpoint)
+
+    from anarcho_cli.chatting import Chat
+    from anarcho_cli.devices import resolve_device
+    from anarcho_cli.writing import Writer
+
+    conversation = Chat(Writer.load(directory, device=resolve_device(device).device), config=config, system=system)
+    for line in _lines():
+        if line == "/exit":
+            break
+        if line.startswith("/") and not line.startswith("//"):
+            _obey(conversation, line)
+        elif line:
+            _answer(conversation, line[1:] if line.startswith("//") else line)
+
+
+def _lines() -> Iterator[str]:
+    """The lines of standard input, with a prompt and line editing where somebody is typing."""
+    if not sys.stdin.isatty():
+        for number, raw in enumerate(typer.get_binary_stream("stdin"), start=1):
+            try:
+                yield raw.decode("utf-8").strip()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"line {number} of standard input is not UTF-8 text; convert it") from error
+        return
+    import contextlib
+
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # importing it gives `input` its line editing
+
+    typer.echo("/help lists the commands, /exit leaves.", err=True)
+    while True:
+        try:
+            yield input("> ").strip()
+        except EOFError:
+            typer.echo()
+            return
+        except KeyboardInterrupt:
+            typer.echo("\n/exit leaves.", err=True)
+
+
+def _answer(conversation: Chat, question: str) -> None:
+    """Print the answer as it is written, up to its end or an interrupt."""
+    from anarcho_cli.chatting import ChatError
+    from anarcho_cli.output import note, printable
+
+    safe = printable if sys.stdout.isatty() else str
+    omitted = conversation.omitted_turns
+    try:
+        with closing(conversation.answer(question)) as pieces:
+            for piece in pieces:
+                typer.echo(safe(piece).encode("utf-8"), nl=False)
+    except KeyboardInterrupt:
+        note("stopped")
+    except ChatError as error:
+        note(str(error))
+        return
+    typer.echo()
+    if conversation.omitted_turns > omitted:
+        note(f"the model no longer reads the first {conversation.omitted_turns} turns, which do not fit its context")
+
+
+def _obey(conversation: Chat, line: str) -> None:
+    """Run a line that begins with a slash; what goes wrong is said, and the conversation goes on."""
+    from anarcho_cli.errors import explain
+    from anarcho_cli.output import note
+
+    command, _, value = line.partition(" ")
+    value = value.strip()
+    try:
+        match command:
+            case "/help":
+                note(HELP)
+            case "/reset":
+                conversation.reset()
+            case "/system":
+                conversation.system = value
+            case "/save" | "/load" if not value:
+                note(f"{command} needs the name of a file")
+            case "/save":
+                conversation.save(Path(value).expanduser())
+            case "/load":
+                conversation.load(Path(value).expanduser())
+            case _:
+                note(f"there is no command {command}; /help lists them, and // begins a message with a slash")
+    except (OSError, ValueError) as error:
+        note(explain(error)[0])
