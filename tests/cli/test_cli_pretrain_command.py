@@ -44,7 +44,7 @@ class Composer:
         self.calls: list[dict[str, Any]] = []
         self.exit_code = 0
 
-    def pretrain(self, config: Any, **options: Any) -> Summary:
+    def train(self, config: Any, **options: Any) -> Summary:
         self.calls.append({"config": config, **options})
         return Summary(options["run_directory"], exit_code=self.exit_code)
 
@@ -59,7 +59,7 @@ def composer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Composer:
     monkeypatch.chdir(tmp_path)
     stand_in = Composer()
     module: Any = types.ModuleType("anarcho_cli.compose")
-    module.pretrain, module.resume = stand_in.pretrain, stand_in.resume
+    module.train, module.resume = stand_in.train, stand_in.resume
     monkeypatch.setitem(sys.modules, "anarcho_cli.compose", module)
     monkeypatch.setattr(anarcho_cli, "compose", module, raising=False)
     return stand_in

@@ -1,4 +1,4 @@
-"""A pre-training run from raw text to a trained model: the one place where the five packages meet.
+"""A training run from raw text, or from a base model and conversations, to a trained model: the one place where the five packages meet.
 
 Notable: a run directory appears whole (configuration, environment, a given tokenizer) and everything after that is done only where it is
 not done yet, so starting and resuming are one path. Tokenizer, shards and checkpoints appear under their names only when they are complete.
@@ -32,14 +32,23 @@ from anarcho_monitor import (
     read_memory,
 )
 from anarcho_optim import schedules
-from anarcho_tokenize import NetworkError, Tokenizer, read_texts, train_tokenizer
+from anarcho_tokenize import (
+    Message,
+    NetworkError,
+    StreamDecoder,
+    Tokenizer,
+    encode_chat,
+    read_texts,
+    train_tokenizer,
+)
+from anarcho_tokenize.symbols import END
 from anarcho_train import CheckpointError, CheckpointStore, Loop, StepSchedule, TrainResult, lock_run
 
 from anarcho_cli import config as configuration
 from anarcho_cli.config import RunConfig
 from anarcho_cli.data import RunData, open_run_data
 from anarcho_cli.diagnosis import processor_facts, system_facts
-from anarcho_cli.models import CHECKPOINTS
+from anarcho_cli.models import CHECKPOINTS, WEIGHTS
 from anarcho_cli.output import note
 
 if TYPE_CHECKING:
@@ -51,6 +60,7 @@ METRICS_FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 TOKENIZER = "tokenizer"
 DATA = "data"
+BASE = "base"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,14 +95,22 @@ class RunSummary:
         }
 
 
-def pretrain(config: RunConfig, *, run_directory: Path, device: str, tokenizer_path: Path | None = None) -> RunSummary:
+def train(
+    config: RunConfig,
+    *,
+    run_directory: Path,
+    device: str,
+    tokenizer_path: Path | None = None,
+    base: Path | None = None,
+) -> RunSummary:
     """Starts a run in ``run_directory``, which must not exist, and trains it to its end.
 
-    Where the text or the tokenizer turns out to be unusable, the directory is gone again. Raises the packages' ValueError and OSError.
+    Its model begins with the weights of the model directory ``base``, which the run keeps, or with random ones. Where text, tokenizer or
+    conversations turn out to be unusable, the directory is gone again. Raises the packages' ValueError and OSError.
     """
     started = time.monotonic()
     _require_precision(config, device)
-    _create_run(run_directory, config, tokenizer_path)
+    _create_run(run_directory, config, tokenizer_path, base)
     with _locked(run_directory), ExitStack() as stack:
         try:
             _prepare_tokenizer(run_directory, config)
@@ -131,7 +149,7 @@ def _require_precision(config: RunConfig, device: str) -> None:
     resolve_precision(config.train.precision, torch.device(device))
 
 
-def _create_run(run_directory: Path, config: RunConfig, tokenizer_path: Path | None) -> None:
+def _create_run(run_directory: Path, config: RunConfig, tokenizer_path: Path | None, base: Path | None) -> None:
     """Makes the directory of a new run under another name and renames it, so that a run is never half begun."""
     if run_directory.exists():
         raise FileExistsError(
@@ -145,9 +163,21 @@ def _create_run(run_directory: Path, config: RunConfig, tokenizer_path: Path | N
         (staging / ENVIRONMENT_FILE).write_text(json.dumps(environment, indent=1) + "\n", encoding="utf-8")
         if tokenizer_path is not None:
             Tokenizer.load(tokenizer_path).save(staging / TOKENIZER)
+        if base is not None:
+            _keep_base(base, staging / BASE)
         staging.rename(run_directory)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _keep_base(base: Path, directory: Path) -> None:
+    """Links the base model's files into the run, or copies them, so that it can begin anew when they are gone elsewhere."""
+    directory.mkdir()
+    for name in (WEIGHTS, "config.json"):
+        try:
+            (directory / name).hardlink_to(base / name)
+        except OSError:
+            shutil.copyfile(base / name, directory / name)
 
 
 @contextmanager
@@ -174,7 +204,7 @@ def _prepare_tokenizer(run_directory: Path, config: RunConfig) -> None:
 def _train(run_directory: Path, config: RunConfig, data: RunData, *, device: str, started: float) -> RunSummary:
     tokenizer = Tokenizer.load(run_directory / TOKENIZER)
     _require_prompt(config, tokenizer)
-    step = _make_step(config, tokenizer, device=device)
+    step = _make_step(config, tokenizer, run_directory / BASE, device=device)
     progress_sinks = _sinks(run_directory, config)
     try:
         loop = _make_loop(run_directory, config, data, step, progress_sinks, tokenizer, device=device)
@@ -194,15 +224,15 @@ def _train(run_directory: Path, config: RunConfig, data: RunData, *, device: str
 
 def _require_prompt(config: RunConfig, tokenizer: Tokenizer) -> None:
     """The sample's prompt must leave room in the context, or the run would fail at its very end."""
-    length = 1 + len(tokenizer.encode(config.sample.prompt))
+    length = len(_sample_prompt(config, tokenizer))
     if length >= config.model.context_length:
         raise ValueError(
-            f"sample.prompt has {length} tokens with the document's beginning; expected fewer than model.context_length "
+            f"sample.prompt has {length} tokens with what precedes it; expected fewer than model.context_length "
             f"{config.model.context_length}: shorten it"
         )
 
 
-def _make_step(config: RunConfig, tokenizer: Tokenizer, *, device: str) -> TorchStep:
+def _make_step(config: RunConfig, tokenizer: Tokenizer, base: Path, *, device: str) -> TorchStep:
     """The model on its device, its optimizer, and the training step over both; loads torch."""
     from anarcho_model.torch import GPT
     from anarcho_model.weights import load_weights, save_pretrained
@@ -215,7 +245,10 @@ def _make_step(config: RunConfig, tokenizer: Tokenizer, *, device: str) -> Torch
             "leave model.vocab_size out, it follows the tokenizer"
         )
     model = GPT(config.model)
-    model.init_weights(seed=config.train.seed, init=config.init)
+    if base.is_dir():
+        load_weights(model, base)
+    else:
+        model.init_weights(seed=config.train.seed, init=config.init)
     model.gradient_checkpointing = config.train.gradient_checkpointing
     model.to(device)
 
@@ -326,15 +359,25 @@ def _require_same_run(loop: Loop, checkpoint: Path) -> None:
             )
 
 
+def _sample_prompt(config: RunConfig, tokenizer: Tokenizer) -> list[int]:
+    """The beginning of a document, or of a conversation in which the prompt is the user's."""
+    if config.data.kind == "text":
+        return [tokenizer.eot_id, *tokenizer.encode(config.sample.prompt)]
+    return encode_chat(tokenizer, [Message("user", config.sample.prompt)], add_generation_prompt=True)
+
+
 def _sample(config: RunConfig, step: TorchStep, tokenizer: Tokenizer) -> str:
     """The prompt of the configuration, and what the trained model makes of it."""
+    from anarcho_model.generate.torch import generate
     from anarcho_model.torch import GPT
 
-    from anarcho_cli.writing import Writer
-
     assert isinstance(step.model, GPT)
-    writer = Writer(step.model, tokenizer)
-    return config.sample.prompt + writer.complete(config.sample.prompt, config=config.sample).text
+    stops = config.sample.stop_token_ids or (tokenizer.eot_id, tokenizer.special_tokens[END])
+    settings = dataclasses.replace(config.sample, stop_token_ids=stops)
+    tokens = generate(step.model, _sample_prompt(config, tokenizer), config=settings)
+    decoder = StreamDecoder(tokenizer, continues=config.data.kind == "text")
+    text = "".join(decoder.push(token) for token in tokens if token < tokenizer.vocab_size) + decoder.flush()
+    return config.sample.prompt + (text if config.data.kind == "text" else f"\n{text}")
 
 
 def _summary(run_directory: Path, result: TrainResult, sample: str | None, *, seconds: float) -> RunSummary:

@@ -181,6 +181,11 @@ def _toml_value(value: Any) -> Any:
     return value
 
 
+def section_values(section: Any) -> dict[str, Any]:
+    """A section's dataclass as key -> value in TOML's own types, for a layer."""
+    return {key: _toml_value(value) for key, value in dataclasses.asdict(section).items()}
+
+
 def dumps(config: RunConfig) -> str:
     """The whole configuration as TOML; `loads` gives an equal value."""
     return tomli_w.dumps(to_dict(config))

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from anarcho_cli.devices import Backend, Device
+from anarcho_cli.training_commands import (
+    chosen_device,
+    finish,
+    given,
+    print_plan,
+    refuse_with_resume,
+    require_source,
+    resume_run,
+)
 
 if TYPE_CHECKING:
-    from anarcho_cli.compose import RunSummary
     from anarcho_cli.config import RunConfig
 
 
@@ -52,40 +60,23 @@ def pretrain(
     of standard output is the run directory.
     """
     if resume is not None:
-        _refuse_with_resume(ctx)
-        _resume(resume, device=device, given=_given(ctx, "device"), json=json)
+        refuse_with_resume(ctx)
+        resume_run(resume, device=device, is_device_given=given(ctx, "device"), json=json)
         return
     config = _configuration(preset=preset, file=file, overrides=overrides or [], data=data, tokenizer=tokenizer)
 
     from anarcho_cli.runs import new_run_directory
 
     directory = new_run_directory(runs_dir, name, preset=preset)
-    _require_source(config)
+    require_source(config, kind="text")
     if dry_run:
-        _print_plan(config, device=device, json=json)
+        print_plan(config, device=device, json=json)
         return
 
     from anarcho_cli import compose
 
-    resolved = _resolve(device)
-    _finish(compose.pretrain(config, run_directory=directory, device=resolved, tokenizer_path=tokenizer), json=json)
-
-
-def _refuse_with_resume(ctx: typer.Context) -> None:
-    """A resumed run keeps its configuration: any option that would change it is refused by name."""
-    from anarcho_cli.runs import RunError
-
-    for parameter in ctx.command.params:
-        if parameter.name not in ("resume", "device", "json") and _given(ctx, parameter.name or ""):
-            raise RunError(
-                f"{parameter.opts[0]} cannot go with --resume, which continues a run exactly as it was begun"
-            )
-
-
-def _given(ctx: typer.Context, parameter: str) -> bool:
-    """Whether a parameter stands on the command line, rather than having its default."""
-    source: Any = ctx.get_parameter_source(parameter)
-    return source is not None and source.name == "COMMANDLINE"
+    resolved = chosen_device(device)
+    finish(compose.train(config, run_directory=directory, device=resolved, tokenizer_path=tokenizer), json=json)
 
 
 def _configuration(
@@ -102,69 +93,3 @@ def _configuration(
         size = Tokenizer.load(tokenizer).vocab_size
         options.append(Layer(origin=f"--tokenizer {tokenizer}", sections={"tokenizer": {"vocab_size": size}}))
     return resolve(preset=preset, file=file, overrides=overrides, options=options)
-
-
-def _require_source(config: RunConfig) -> None:
-    """Find the text now, so that a wrong path leaves no run behind."""
-    from anarcho_tokenize import check_source
-
-    from anarcho_cli.layers import ConfigError
-
-    if config.data.kind != "text":
-        raise ConfigError(f"data.kind is '{config.data.kind}'; expected 'text' for pre-training")
-    check_source(config.data)
-
-
-def _print_plan(config: RunConfig, *, device: Device, json: bool) -> None:
-    from anarcho_cli.config import dumps
-    from anarcho_cli.output import print_json
-    from anarcho_cli.plan import plan_run
-
-    plan = plan_run(config, device=device.value)
-    if json:
-        print_json(plan.to_dict())
-        return
-    print(dumps(config))
-    print("\n".join(plan.lines()))
-
-
-def _resume(path: Path, *, device: Device, given: bool, json: bool) -> None:
-    """Continue a run, on the device that it ran on before unless one is ``given``."""
-    from anarcho_cli.runs import existing_run, recorded_device
-
-    run = existing_run(path)
-    resolved = _resolve(device if given else Device(recorded_device(run) or device))
-
-    from anarcho_cli import compose
-
-    _finish(compose.resume(run, device=resolved), json=json)
-
-
-def _resolve(device: Device) -> str:
-    """The device to run on; where `auto` found no Apple GPU, one line says so."""
-    from anarcho_cli.devices import resolve_device
-    from anarcho_cli.output import note
-
-    resolution = resolve_device(device)
-    if resolution.note:
-        note(resolution.note)
-    return resolution.device
-
-
-def _finish(summary: RunSummary, *, json: bool) -> None:
-    """Report how the run ended: people read standard error, scripts the last line of standard output."""
-    from anarcho_cli.output import duration_text, note, print_json
-
-    stopped = summary.exit_code != 0
-    took = f"{summary.steps} steps, {summary.tokens} tokens, {duration_text(summary.seconds)}"
-    note(f"stopped after {took}; continue with --resume {summary.run_directory}" if stopped else f"done: {took}")
-    if summary.bits_per_byte is not None:
-        note(
-            f"validation: {summary.bits_per_byte:.4f} bits per byte, loss {summary.validation_loss:.4f} nats per token"
-        )
-    if json:
-        print_json(summary.to_dict())
-    else:
-        print(summary.run_directory)
-    if stopped:
-        raise typer.Exit(summary.exit_code)

@@ -1,0 +1,97 @@
+"""What the commands that train have in common: refusing, resuming, and reporting how a run ended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from anarcho_cli.devices import Device
+
+if TYPE_CHECKING:
+    from anarcho_cli.compose import RunSummary
+    from anarcho_cli.config import RunConfig
+
+
+def refuse_with_resume(ctx: typer.Context) -> None:
+    """A resumed run keeps its configuration: any option that would change it is refused by name."""
+    from anarcho_cli.runs import RunError
+
+    for parameter in ctx.command.params:
+        if parameter.name not in ("resume", "device", "json") and given(ctx, parameter.name or ""):
+            raise RunError(
+                f"{parameter.opts[0]} cannot go with --resume, which continues a run exactly as it was begun"
+            )
+
+
+def given(ctx: typer.Context, parameter: str) -> bool:
+    """Whether a parameter stands on the command line, rather than having its default."""
+    source: Any = ctx.get_parameter_source(parameter)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def require_source(config: RunConfig, *, kind: str) -> None:
+    """Find the text now, so that a wrong path leaves no run behind."""
+    from anarcho_tokenize import check_source
+
+    from anarcho_cli.layers import ConfigError
+
+    if config.data.kind != kind:
+        raise ConfigError(f"data.kind is '{config.data.kind}'; expected '{kind}' for this command")
+    check_source(config.data)
+
+
+def print_plan(config: RunConfig, *, device: Device, json: bool) -> None:
+    from anarcho_cli.config import dumps
+    from anarcho_cli.output import print_json
+    from anarcho_cli.plan import plan_run
+
+    plan = plan_run(config, device=device.value)
+    if json:
+        print_json(plan.to_dict())
+        return
+    print(dumps(config))
+    print("\n".join(plan.lines()))
+
+
+def resume_run(path: Path, *, device: Device, is_device_given: bool, json: bool) -> None:
+    """Continue a run, on the device that it ran on before unless one is given."""
+    from anarcho_cli.runs import existing_run, recorded_device
+
+    run = existing_run(path)
+    resolved = chosen_device(device if is_device_given else Device(recorded_device(run) or device))
+
+    from anarcho_cli import compose
+
+    finish(compose.resume(run, device=resolved), json=json)
+
+
+def chosen_device(device: Device) -> str:
+    """The device to run on; where `auto` found no Apple GPU, one line says so."""
+    from anarcho_cli.devices import resolve_device
+    from anarcho_cli.output import note
+
+    resolution = resolve_device(device)
+    if resolution.note:
+        note(resolution.note)
+    return resolution.device
+
+
+def finish(summary: RunSummary, *, json: bool) -> None:
+    """Report how the run ended: people read standard error, scripts the last line of standard output."""
+    from anarcho_cli.output import duration_text, note, print_json
+
+    stopped = summary.exit_code != 0
+    took = f"{summary.steps} steps, {summary.tokens} tokens, {duration_text(summary.seconds)}"
+    note(f"stopped after {took}; continue with --resume {summary.run_directory}" if stopped else f"done: {took}")
+    if summary.bits_per_byte is not None:
+        note(
+            f"validation: {summary.bits_per_byte:.4f} bits per byte, loss {summary.validation_loss:.4f} nats per token"
+        )
+    if json:
+        print_json(summary.to_dict())
+    else:
+        print(summary.run_directory)
+    if stopped:
+        raise typer.Exit(summary.exit_code)

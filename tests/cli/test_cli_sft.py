@@ -1,0 +1,80 @@
+"""`anarcho sft`: what is refused before anything is written, and what its configuration takes from the base model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory with a tokenizer, untrained."""
+    torch = pytest.importorskip("torch")
+    from anarcho_model import ModelConfig
+    from anarcho_model.torch import GPT
+    from anarcho_model.weights import save_pretrained
+    from anarcho_tokenize import TokenizerConfig, embedded_documents, train_tokenizer
+
+    assert torch is not None
+    tokenizer = train_tokenizer([next(embedded_documents())], config=TokenizerConfig(vocab_size=400))
+    model = GPT(ModelConfig(vocab_size=400, context_length=64, num_layers=1, dim=32, num_heads=2, hidden_dim=48))
+    model.init_weights(seed=0)
+    directory = tmp_path_factory.mktemp("base")
+    save_pretrained(model, directory, eos_token_id=tokenizer.eot_id, pad_token_id=tokenizer.pad_id)
+    tokenizer.save(directory)
+    return directory
+
+
+def test_the_model_is_the_base_models_and_the_data_conversations(base: Path, anarcho) -> None:
+    result = anarcho("sft", "--from", base, "--dry-run", "--json", "--set", "train.micro_batch=1")
+    assert result.exit_code == 0, result.output
+    config = json.loads(result.stdout)["config"]
+    assert (config["model"]["dim"], config["model"]["hidden_dim"], config["tokenizer"]["vocab_size"]) == (32, 48, 400)
+    assert (config["data"]["kind"], config["data"]["packing"], config["data"]["isolate_documents"]) == (
+        "chat",
+        "best-fit",
+        True,
+    )
+
+
+def test_what_cannot_be_tuned_is_refused(base: Path, tmp_path: Path, refused) -> None:
+    assert "--from" in refused("sft")
+    assert "holds no model" in refused("sft", "--from", tmp_path)
+    assert "absent.jsonl" in refused("sft", "--from", base, "--data", tmp_path / "absent.jsonl")
+    assert "expected 'chat'" in refused("sft", "--from", base, "--set", "data.kind=text")
+    assert "expected 'text'" in refused("pretrain", "--set", "data.kind=chat")
+    assert "cannot go with --resume" in refused("sft", "--from", base, "--resume", tmp_path)
+    (tmp_path / "text.txt").write_text("no conversation")
+    assert "data.kind is 'chat'" in refused("sft", "--from", base, "--data", tmp_path / "text.txt")
+
+
+def test_a_base_model_learns_the_answers_and_keeps_its_beginning(base: Path, tmp_path: Path, anarcho) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "whale"}]}
+        for n in range(40)
+    ]
+    data = tmp_path / "chat.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "train.steps": 30,
+        "train.batch_tokens": 128,
+        "train.eval_every": 0,
+        "optim.lr": 0.02,
+        "optim.adamw_lr": 0.02,
+        "optim.embedding_lr": 0.05,
+        "data.validation_fraction": 0.2,
+        "sample.prompt": "7?",
+        "sample.max_new_tokens": 8,
+    }
+    options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    result = anarcho(
+        "sft", "--from", base, "--data", data, "--runs-dir", tmp_path / "runs", "--name", "a", *options, "--json"
+    )
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout)
+    assert summary["sample"] == "7?\nwhale"
+    run = Path(summary["run_directory"])
+    assert (run / "base" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
+    assert (run / "tokenizer" / "tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
