@@ -25,6 +25,7 @@ COMMANDS = [
     "data prepare",
     "doctor",
     "generate",
+    "pipeline run",
     "pretrain",
     "tokenizer import",
     "tokenizer inspect",

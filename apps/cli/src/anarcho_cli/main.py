@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from anarcho_cli.commands import checkpoint, config, data, doctor, generate, pretrain, tokenizer
+from anarcho_cli.commands import checkpoint, config, data, doctor, generate, pipeline, pretrain, tokenizer
 from anarcho_cli.errors import CommandGroup
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(data.app, name="data")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(config.app, name="config")
+app.add_typer(pipeline.app, name="pipeline")
 app.command("doctor")(doctor.doctor)
 
 
