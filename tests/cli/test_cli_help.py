@@ -24,6 +24,7 @@ COMMANDS = [
     "data inspect",
     "data prepare",
     "doctor",
+    "eval",
     "generate",
     "pipeline run",
     "pretrain",

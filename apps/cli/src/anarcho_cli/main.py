@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from anarcho_cli.commands import checkpoint, config, data, doctor, generate, pipeline, pretrain, tokenizer
+from anarcho_cli.commands import checkpoint, config, data, doctor, evaluate, generate, pipeline, pretrain, tokenizer
 from anarcho_cli.errors import CommandGroup
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app = typer.Typer(
 
 app.command("pretrain")(pretrain.pretrain)
 app.command("generate")(generate.generate)
+app.command("eval")(evaluate.evaluate)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(data.app, name="data")
 app.add_typer(checkpoint.app, name="checkpoint")

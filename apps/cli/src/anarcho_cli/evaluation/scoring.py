@@ -1,0 +1,176 @@
+"""Log-probabilities of given tokens under a model, many requests at a time.
+
+Requests are cut into windows of the model's context, ordered by length and batched up to a number of tokens, padding included; only the
+positions that are asked for go through the output layer, a chunk at a time. Padding stands behind a row, where a causal model does not see
+it, so that no result depends on what it was batched with (but for rounding).
+
+A request that the context holds is one window. Of a longer one, the targets are read in full strides: each window holds as many targets
+as the context has tokens, the first of which is predicted from the token before it alone, and the last window reaches back as far as the
+context allows. Each target is predicted exactly once. These are the rolling windows of lm-evaluation-harness.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from anarcho_cli.evaluation.errors import EvaluationError
+
+if TYPE_CHECKING:
+    from anarcho_model.torch import GPT
+    from torch import Tensor
+
+# Requests that are held and sorted at a time: enough for full batches, and a bound on memory for endless sources.
+_BLOCK_TOKENS = 2**20
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """Tokens, of which those from `first_target` on are to be predicted."""
+
+    tokens: npt.NDArray[np.int32]
+    first_target: int
+    """At least 1, as the first token has nothing before it."""
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that are predicted."""
+        return len(self.tokens) - self.first_target
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """What a model says to a request."""
+
+    logprob: float
+    """Sum of the targets' log-probabilities in nats; 0 for a request without targets."""
+    is_greedy: bool
+    """Whether each target is the likeliest token of all."""
+    num_tokens: int
+    """Targets."""
+    num_windows: int
+    """Windows that they were read in."""
+    is_cut: bool
+    """Whether the model's context did not hold the whole request."""
+
+
+class Window(NamedTuple):
+    """The tokens [begin, stop) of a request, of which those from `start` on are predicted."""
+
+    begin: int
+    start: int
+    stop: int
+
+
+def windows_of(num_tokens: int, *, first_target: int, context_length: int) -> Iterator[Window]:
+    """Cut a request into windows of at most `context_length` inputs, which are all its tokens but the last."""
+    for start in range(first_target, num_tokens, context_length):
+        stop = min(start + context_length, num_tokens)
+        yield Window(max(0, stop - context_length - 1), start, stop)
+
+
+class Scorer:
+    """Scores requests with a model, on the model's device."""
+
+    def __init__(self, model: GPT, *, batch_tokens: int = 8192) -> None:
+        """`batch_tokens` bounds the tokens of a batch, padding included; a batch holds at least one window."""
+        self.model = model
+        self.batch_tokens = batch_tokens
+
+    def score(self, requests: Iterable[Request]) -> Iterator[Score]:
+        """A score for each request, in order.
+
+        Raises EvaluationError for a token that the model has no embedding of.
+        """
+        block: list[Request] = []
+        held = 0
+        for request in requests:
+            block.append(request)
+            held += len(request.tokens)
+            if held >= _BLOCK_TOKENS:
+                yield from self._score_block(block)
+                block, held = [], 0
+        yield from self._score_block(block)
+
+    def _score_block(self, requests: Sequence[Request]) -> list[Score]:
+        context = self.model.config.context_length
+        found = [
+            (number, window)
+            for number, request in enumerate(requests)
+            for window in windows_of(len(request.tokens), first_target=request.first_target, context_length=context)
+        ]
+        found.sort(key=lambda item: item[1].begin - item[1].stop)
+        logprobs, greedy, counts = [0.0] * len(requests), [True] * len(requests), [0] * len(requests)
+        for batch in self._batches(found):
+            rows = [(requests[number].tokens[w.begin : w.stop], w.start - w.begin) for number, w in batch]
+            for (number, _), (logprob, is_greedy) in zip(batch, self._score_rows(rows), strict=True):
+                logprobs[number] += logprob
+                greedy[number] &= is_greedy
+                counts[number] += 1
+        return [
+            Score(
+                logprob=logprobs[number],
+                is_greedy=greedy[number],
+                num_tokens=request.num_targets,
+                num_windows=counts[number],
+                is_cut=len(request.tokens) > context + 1,
+            )
+            for number, request in enumerate(requests)
+        ]
+
+    def _batches(self, windows: Sequence[tuple[int, Window]]) -> Iterator[Sequence[tuple[int, Window]]]:
+        """Neighbours of a list that starts with the longest, so that the first of a batch says how wide it is."""
+        start = 0
+        while start < len(windows):
+            longest = windows[start][1]
+            count = max(1, self.batch_tokens // (longest.stop - longest.begin))
+            yield windows[start : start + count]
+            start += count
+
+    def _score_rows(self, rows: Sequence[tuple[npt.NDArray[np.int32], int]]) -> list[tuple[float, bool]]:
+        """Sum of log-probabilities, and greediness, of the tokens of each row from a place on."""
+        import torch
+
+        width = max(len(tokens) for tokens, _ in rows) - 1
+        padded = np.zeros((len(rows), width), dtype=np.int64)
+        for row, (tokens, _) in enumerate(rows):
+            self._check(tokens)
+            padded[row, : len(tokens) - 1] = tokens[:-1]
+        places = [row * width + np.arange(first - 1, len(tokens) - 1) for row, (tokens, first) in enumerate(rows)]
+        targets = np.concatenate([tokens[first:] for tokens, first in rows]).astype(np.int64)
+        device = self.model.head_weight.device
+        with torch.inference_mode():
+            hidden = self.model.hidden_states(torch.from_numpy(padded).to(device))
+            chosen = hidden.reshape(-1, hidden.shape[-1])[torch.from_numpy(np.concatenate(places)).to(device)]
+            logprobs, likeliest = self._judge(chosen, torch.from_numpy(targets).to(device))
+        bounds = np.cumsum([len(place) for place in places])[:-1]
+        parts = zip(np.split(logprobs, bounds), np.split(likeliest, bounds), strict=True)
+        return [(float(part.sum()), bool(best.all())) for part, best in parts]
+
+    def _judge(self, hidden: Tensor, targets: Tensor) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+        """Log-probability of each target, and whether it is the likeliest."""
+        import torch
+        from anarcho_model.logprobs.torch import chunk_tokens
+
+        size = chunk_tokens(
+            len(targets), vocab_size=self.model.head_weight.shape[0], chunk_bytes=self.model.logits_chunk_bytes
+        )
+        logprobs, likeliest = [], []
+        for part, wanted in zip(hidden.split(size), targets.split(size), strict=True):
+            logits = self.model.unembed(part.contiguous()).float()
+            found = logits.gather(1, wanted[:, None])[:, 0]
+            logprobs.append((found - logits.logsumexp(1)).cpu())
+            likeliest.append((logits.argmax(1) == wanted).cpu())
+        return torch.cat(logprobs).numpy().astype(np.float64), torch.cat(likeliest).numpy()
+
+    def _check(self, tokens: npt.NDArray[np.int32]) -> None:
+        """An id beyond the embedding is a mistake of the model directory, and would be an obscure failure of the device."""
+        if (largest := int(tokens.max())) >= self.model.config.vocab_size:
+            raise EvaluationError(
+                f"the tokenizer writes the id {largest}, but the model has {self.model.config.vocab_size} tokens; "
+                "use the tokenizer that it was trained with, and no conversations where it has no tokens for them"
+            )
