@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -45,6 +46,13 @@ def random_request(generator: np.random.Generator) -> Request:
     length = int(generator.integers(2, 4 * CONTEXT))
     tokens = generator.integers(0, 285, length).astype(np.int32)
     return Request(tokens=tokens, first_target=int(generator.integers(1, length)))
+
+
+def widened(model: GPT, context_length: int) -> GPT:
+    """The model with a longer context."""
+    wide = GPT(dataclasses.replace(model.config, context_length=context_length))
+    wide.load_state_dict(model.state_dict())
+    return wide
 
 
 def test_log_probabilities_are_those_of_transformers(directory: Path, subject: Subject) -> None:
@@ -143,12 +151,25 @@ def test_a_continuation_without_tokens_is_refused(subject: Subject) -> None:
         encode_continuation(subject.tokenizer, "the sea", "")
 
 
-def test_an_answer_counts_the_tokens_that_training_counts(subject: Subject) -> None:
-    prompt, answer = [Message("user", "the ship")], [Message("assistant", "the sea")]
+@pytest.mark.parametrize("turns", [1, 2])
+def test_an_answer_counts_the_tokens_that_training_counts(turns: int, subject: Subject) -> None:
+    prompt = [Message("user", "the ship"), Message("assistant", "the whale"), Message("user", "and")]
+    answer = [Message("assistant", "the sea"), Message("user", "the"), Message("assistant", "ship")][: 2 * turns - 1]
     ids, mask = encode_conversation(subject.tokenizer, [*prompt, *answer])
+    mask[: len(encode_conversation(subject.tokenizer, prompt)[0])] = 0
     request = encode_answer(subject.tokenizer, prompt, answer)
-    assert request.tokens.tolist() == ids.tolist()
-    assert np.flatnonzero(mask).tolist() == list(range(request.first_target, len(ids)))
+    tokens = torch.from_numpy(ids[: len(request.tokens)].astype(np.int64))
+    assert request.tokens.tolist() == tokens.tolist()
+    assert request.num_targets == mask.sum()
+    assert len(tokens) == np.flatnonzero(mask)[-1] + 1, "tokens behind the last target are read for nothing"
+    wide = widened(subject.model, len(tokens))
+    with torch.no_grad():
+        each = wide.token_logprobs(tokens[None, :-1], tokens[None, 1:])[0].numpy()
+    (score,) = Scorer(wide).score([request])
+    assert score.logprob == pytest.approx(float((each * mask[1 : len(tokens)]).sum()), rel=1e-5)
+    assert score.num_tokens == mask.sum()
+    (narrow,) = subject.scorer.score([request])
+    assert narrow.num_tokens == mask.sum(), "a window loses targets"
 
 
 def test_an_id_that_the_model_lacks_is_refused(subject: Subject) -> None:

@@ -3,7 +3,8 @@
 * A document or a text begins after the end-of-text token, as in training. The end-of-text that would end it is not predicted.
 * A continuation is encoded together with the text before it, since a token may reach over their border; all tokens from the first one
   that the text alone would not have count as the continuation's.
-* A conversation is written with the chat template; an answer's tokens are its text's and the `<|end|>` behind it.
+* A conversation is written with the chat template; an answer's tokens are its text's and the one behind it that ends the message. Where an
+  answer is several messages, those of the user are read and not predicted.
 """
 
 from __future__ import annotations
@@ -42,8 +43,12 @@ def encode_continuation(tokenizer: Tokenizer, context: str, continuation: str) -
 
 
 def encode_answer(tokenizer: Tokenizer, prompt: Sequence[Message], answer: Sequence[Message]) -> Request:
-    """The tokens of an answer's messages are predicted, but for the role of the first, which the prompt ends with."""
-    from anarcho_tokenize import encode_chat
+    """The tokens of an answer that training would count are predicted, which are those of the assistant's messages in it."""
+    from anarcho_tokenize import encode_conversation
 
-    before, said = encode_chat(tokenizer, prompt), encode_chat(tokenizer, answer)
-    return Request(tokens=np.array([*before, *said], dtype=np.int32), first_target=len(before) + 1)
+    before, _ = encode_conversation(tokenizer, prompt)
+    said, counted = encode_conversation(tokenizer, answer)
+    places = len(before) + np.flatnonzero(counted)
+    first, stop = int(places[0]), int(places[-1]) + 1
+    mask = counted[first - len(before) : stop - len(before)].astype(np.bool_)
+    return Request(tokens=np.concatenate([before, said])[:stop], first_target=first, mask=mask)

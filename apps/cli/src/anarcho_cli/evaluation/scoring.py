@@ -28,18 +28,35 @@ if TYPE_CHECKING:
 _BLOCK_TOKENS = 2**20
 
 
+class Window(NamedTuple):
+    """The tokens [begin, stop) of a request, of which those from `start` on are predicted."""
+
+    begin: int
+    start: int
+    stop: int
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
-    """Tokens, of which those from `first_target` on are to be predicted."""
+    """Tokens, of which those from `first_target` on are to be predicted, or with a mask some of these."""
 
     tokens: npt.NDArray[np.int32]
     first_target: int
     """At least 1, as the first token has nothing before it."""
+    mask: npt.NDArray[np.bool_] | None = None
+    """Whether each of them counts, of shape (tokens - first_target,); None where all do."""
 
     @property
     def num_targets(self) -> int:
         """Tokens that are predicted."""
-        return len(self.tokens) - self.first_target
+        return len(self.tokens) - self.first_target if self.mask is None else int(self.mask.sum())
+
+    def targets(self, window: Window) -> npt.NDArray[np.int64]:
+        """Places in a window of its tokens that are predicted."""
+        places = np.arange(window.start, window.stop) - window.begin
+        if self.mask is None:
+            return places
+        return places[self.mask[window.start - self.first_target : window.stop - self.first_target]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,14 +73,6 @@ class Score:
     """Windows that they were read in."""
     is_cut: bool
     """Whether the model's context did not hold the whole request."""
-
-
-class Window(NamedTuple):
-    """The tokens [begin, stop) of a request, of which those from `start` on are predicted."""
-
-    begin: int
-    start: int
-    stop: int
 
 
 def windows_of(num_tokens: int, *, first_target: int, context_length: int) -> Iterator[Window]:
@@ -102,11 +111,12 @@ class Scorer:
             (number, window)
             for number, request in enumerate(requests)
             for window in windows_of(len(request.tokens), first_target=request.first_target, context_length=context)
+            if len(request.targets(window))
         ]
         found.sort(key=lambda item: item[1].begin - item[1].stop)
         logprobs, greedy, counts = [0.0] * len(requests), [True] * len(requests), [0] * len(requests)
         for batch in self._batches(found):
-            rows = [(requests[number].tokens[w.begin : w.stop], w.start - w.begin) for number, w in batch]
+            rows = [(requests[number].tokens[w.begin : w.stop], requests[number].targets(w)) for number, w in batch]
             for (number, _), (logprob, is_greedy) in zip(batch, self._score_rows(rows), strict=True):
                 logprobs[number] += logprob
                 greedy[number] &= is_greedy
@@ -131,8 +141,10 @@ class Scorer:
             yield windows[start : start + count]
             start += count
 
-    def _score_rows(self, rows: Sequence[tuple[npt.NDArray[np.int32], int]]) -> list[tuple[float, bool]]:
-        """Sum of log-probabilities, and greediness, of the tokens of each row from a place on."""
+    def _score_rows(
+        self, rows: Sequence[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]]
+    ) -> list[tuple[float, bool]]:
+        """Sum of log-probabilities, and greediness, of the tokens of each row at given places, at least one in all."""
         import torch
 
         width = max(len(tokens) for tokens, _ in rows) - 1
@@ -140,14 +152,15 @@ class Scorer:
         for row, (tokens, _) in enumerate(rows):
             self._check(tokens)
             padded[row, : len(tokens) - 1] = tokens[:-1]
-        places = [row * width + np.arange(first - 1, len(tokens) - 1) for row, (tokens, first) in enumerate(rows)]
-        targets = np.concatenate([tokens[first:] for tokens, first in rows]).astype(np.int64)
+        # A token is predicted at the place before its own.
+        sources = np.concatenate([row * width + places - 1 for row, (_, places) in enumerate(rows)])
+        targets = np.concatenate([tokens[places] for tokens, places in rows]).astype(np.int64)
         device = self.model.head_weight.device
         with torch.inference_mode():
             hidden = self.model.hidden_states(torch.from_numpy(padded).to(device))
-            chosen = hidden.reshape(-1, hidden.shape[-1])[torch.from_numpy(np.concatenate(places)).to(device)]
+            chosen = hidden.reshape(-1, hidden.shape[-1])[torch.from_numpy(sources).to(device)]
             logprobs, likeliest = self._judge(chosen, torch.from_numpy(targets).to(device))
-        bounds = np.cumsum([len(place) for place in places])[:-1]
+        bounds = np.cumsum([len(places) for _, places in rows])[:-1]
         parts = zip(np.split(logprobs, bounds), np.split(likeliest, bounds), strict=True)
         return [(float(part.sum()), bool(best.all())) for part, best in parts]
 
