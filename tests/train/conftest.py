@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from anarcho_train import CheckpointStore, Loop, StepSchedule, TrainConfig
-from anarcho_train.steps.torch import TorchStep
+from anarcho_train.steps.torch import StageLoss, TorchStep
 from safetensors.torch import load_model, save_model
 from torch import nn
 
@@ -107,7 +107,9 @@ class Patience:
         self.best_value, self.best_step, self.bad = state["best_value"], state["best_step"], state["bad"]
 
 
-def make_step(model: nn.Module | None = None, *, optimizer: str = "adamw", **settings: Any) -> TorchStep:
+def make_step(
+    model: nn.Module | None = None, *, optimizer: str = "adamw", loss: StageLoss | None = None, **settings: Any
+) -> TorchStep:
     if model is None:
         torch.manual_seed(0)
         model = Bigram()
@@ -118,6 +120,7 @@ def make_step(model: nn.Module | None = None, *, optimizer: str = "adamw", **set
         config=TrainConfig(**{"precision": "float32", "compile": "off", "batch_tokens": 8 * LENGTH} | settings),
         save_model=lambda m, directory: save_model(m, str(directory / "model.safetensors")),
         load_model=lambda m, directory: load_model(m, directory / "model.safetensors") and None,
+        loss=loss,
     )
 
 

@@ -4,7 +4,7 @@
 """
 
 from anarcho_train.checkpoint import CheckpointError, CheckpointInfo, CheckpointStore, lock_run
-from anarcho_train.config import TrainConfig
+from anarcho_train.config import PreferenceConfig, TrainConfig
 from anarcho_train.loop import Loop, TrainingDiverged, TrainResult, evaluate
 from anarcho_train.signals import StopSignal
 from anarcho_train.step import Batch, LossSum, Step, StepMetrics, StepSchedule
@@ -16,6 +16,7 @@ __all__ = [
     "CheckpointStore",
     "Loop",
     "LossSum",
+    "PreferenceConfig",
     "Step",
     "StepMetrics",
     "StepSchedule",

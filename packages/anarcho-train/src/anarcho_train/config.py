@@ -1,9 +1,11 @@
-"""What a training run does and when: the settings of the loop, free of any framework."""
+"""What a training run does and when, and what its loss is: settings free of any framework."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+PreferenceLossName = Literal["dpo", "ipo", "simpo", "orpo", "kto"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,3 +86,70 @@ class TrainConfig:
                 f"train.micro_batch is {self.micro_batch}, which does not divide the {sequences} sequences of a step; use {nearest}"
             )
         return sequences
+
+
+_USUAL_BETA = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1, "kto": 0.1}
+_USUAL_NORMALIZATION = {"dpo": False, "ipo": True, "simpo": True, "orpo": True, "kto": False}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceConfig:
+    """The loss of preference tuning; `anarcho_train.losses.torch_preference` has the formulas and their papers."""
+
+    loss: PreferenceLossName = "dpo"
+    """What is learned from a pair of answers; `simpo` and `orpo` need no reference."""
+    beta: float | None = None
+    """Scale of the rewards (of ORPO: weight of the odds ratio); left out, 0.1, and 2.0 for `simpo`.
+
+    The larger, the closer `dpo`, `ipo` and `kto` stay to the reference."""
+    label_smoothing: float = 0.0
+    """Share of the pairs taken to be labelled the wrong way round, below 0.5; for `dpo` and `simpo`."""
+    gamma: float = 1.0
+    """Margin by which the chosen answer's reward should exceed the rejected one's; for `simpo`."""
+    length_normalization: bool | None = None
+    """Whether log-probabilities are divided by the answer's tokens; left out, as is usual: not for `dpo` and `kto`, else yes."""
+    desirable_weight: float = 1.0
+    """Weight of the chosen answers; for `kto`."""
+    undesirable_weight: float = 1.0
+    """Weight of the rejected answers; for `kto`."""
+
+    def __post_init__(self) -> None:
+        names = get_args(PreferenceLossName)
+        if self.loss not in names:
+            raise ValueError(f"preference.loss is {self.loss!r}; expected one of {', '.join(names)}")
+        if self.beta is not None and not (0 < self.beta < float("inf")):
+            raise ValueError(f"preference.beta is {self.beta}; expected a positive number, or leave the key out")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"preference.label_smoothing is {self.label_smoothing}; expected at least 0 and below 0.5")
+        for name in ("gamma", "desirable_weight", "undesirable_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"preference.{name} is {getattr(self, name)}; expected zero or a positive number")
+        self._require_meaning()
+
+    def _require_meaning(self) -> None:
+        """A setting that the loss does not read would be a silent mistake."""
+        if self.label_smoothing and self.loss not in ("dpo", "simpo"):
+            raise ValueError(
+                f"preference.label_smoothing is {self.label_smoothing}, which {self.loss} does not have; use 0, or dpo or simpo"
+            )
+        fixed = self.loss in ("simpo", "orpo", "kto")
+        if fixed and self.length_normalization not in (None, _USUAL_NORMALIZATION[self.loss]):
+            raise ValueError(
+                f"preference.length_normalization is {self.length_normalization}, but {self.loss} is defined with "
+                f"{_USUAL_NORMALIZATION[self.loss]}; leave the key out"
+            )
+
+    @property
+    def scale(self) -> float:
+        """`beta`, or the usual one of this loss."""
+        return _USUAL_BETA[self.loss] if self.beta is None else self.beta
+
+    @property
+    def per_token(self) -> bool:
+        """`length_normalization`, or what is usual for this loss."""
+        return _USUAL_NORMALIZATION[self.loss] if self.length_normalization is None else self.length_normalization
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares with the log-probabilities of a reference."""
+        return self.loss in ("dpo", "ipo", "kto")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,9 +138,11 @@ class TrainResult:
     tokens: int
     """Tokens consumed, earlier attempts included."""
     validation_loss: float | None = None
-    """Last validation loss, in nats per token."""
+    """Last validation loss, in nats per token or pair."""
     bits_per_byte: float | None = None
-    """The same in bits per byte of text."""
+    """The same in bits per byte of text; None of a stage that has measures of its own."""
+    validation_measures: dict[str, float] = field(default_factory=dict)
+    """What the stage measures besides its loss, such as the accuracy of preferences, on the validation data."""
     best_step: int | None = None
     """Step of the lowest validation loss."""
     stopped_by: int | None = None
@@ -172,9 +174,18 @@ class Loop:
     """What the "start" record of this attempt says besides the step."""
     on_checkpoint: Callable[[], None] = lambda: None
     """Called after each checkpoint, when samples before it may be let go."""
+    samples_per_step: int | None = None
+    """Where samples are whole batches of changing shape: how many of them make a step, one going through the model at a time.
+
+    Left out, samples are sequences of `sequence_length`, and the config says how many make a step and a micro-batch."""
 
     def __post_init__(self) -> None:
-        self._per_step = self.config.batch_sequences(self.sequence_length)
+        if self.samples_per_step is None:
+            self._per_step, self._micro = self.config.batch_sequences(self.sequence_length), self.config.micro_batch
+        elif self.samples_per_step < 1:
+            raise ValueError(f"samples_per_step is {self.samples_per_step}; expected at least 1, or None")
+        else:
+            self._per_step, self._micro = self.samples_per_step, 1
         self._result = TrainResult(step=0, tokens=0)
         self._compared_loss: float | None = None
         self._finished = False
@@ -190,6 +201,7 @@ class Loop:
             tokens=int(state["tokens"]),
             validation_loss=state.get("validation_loss"),
             bits_per_byte=state.get("bits_per_byte"),
+            validation_measures=state.get("validation_measures", {}),
             best_step=self.early_stopping.best_step,
             checkpoint=checkpoint,
         )
@@ -201,18 +213,18 @@ class Loop:
         """Trains up to the configured number of steps, or until early stopping or a signal, and returns how it ended."""
         result, config = self._result, self.config
         skipped = 0
-        losses: list[float] = []
+        unreported: list[StepMetrics] = []
         self.throughput.begin(result.step)
         self._write("start", **self.facts)
         with StopSignal() as stop:
             while result.step < config.steps and not self._finished and self._await_batch(stop):
                 metrics = self._train_step()
-                losses.append(metrics.loss)
+                unreported.append(metrics)
                 skipped = skipped + 1 if metrics.skipped else 0
                 last = result.step == config.steps
                 if last or result.step % config.log_every == 0:
-                    self._log(metrics, losses)
-                    losses = []
+                    self._log(unreported)
+                    unreported = []
                 if metrics.skipped:
                     self._report_skip(metrics, skipped)
                 improved = False
@@ -269,15 +281,17 @@ class Loop:
         self._event(f"stopped by signal {stop.number}; the state is saved")
 
     def _train_step(self) -> StepMetrics:
-        result, micro = self._result, self.config.micro_batch
+        result, micro = self._result, self._micro
         first = result.step * self._per_step
         with self.throughput.waiting():
             micro_batches = [self.batches.batch(first + i, micro) for i in range(0, self._per_step, micro)]
+        tokens = sum(batch.tokens.size for batch in micro_batches)
         metrics = self.step.train(micro_batches, schedule=self.schedule(result.step))
-        self.throughput.finish_step(self.config.batch_tokens)
+        self.throughput.finish_step(tokens)
         result.step += 1
-        result.tokens += self.config.batch_tokens
+        result.tokens += tokens
         # The validation figures belong to the step at which they were measured.
+        result.validation_measures = {}
         result.validation_loss = result.bits_per_byte = self._compared_loss = None
         return metrics
 
@@ -296,16 +310,20 @@ class Loop:
         return self.early_stopping.best_step == result.step
 
     def _measure(self, validation: ValidationBatches, *, max_tokens: int | None) -> float:
+        windowed = self.samples_per_step is None
         with self.throughput.pause("validation", every=self.config.eval_every or None):
-            loss, bits = evaluate(
+            total = total_loss(
                 self.step,
                 validation,
-                batch_size=self.config.micro_batch,
-                sequence_length=self.sequence_length,
+                batch_size=self._micro,
+                window_tokens=self.sequence_length if windowed else validation.num_tokens / validation.num_windows,
                 max_tokens=max_tokens,
             )
+        loss, measures = total.loss / total.weight, total.means()
+        bits = None if measures else _bits_per_byte(total, validation)
         self._result.validation_loss, self._result.bits_per_byte = loss, bits
-        self._write("validation", loss=loss, bits_per_byte=bits)
+        self._result.validation_measures = measures
+        self._write("validation", loss=loss, **(measures or {"bits_per_byte": bits}))
         return loss
 
     def _save(self) -> None:
@@ -324,6 +342,10 @@ class Loop:
             "compared_loss": _finite(self._compared_loss),
             "finished": self._finished,
         }
+        if result.validation_measures:
+            state["validation_measures"] = {
+                name: value for name, value in result.validation_measures.items() if math.isfinite(value)
+            }
         started = time.monotonic()
         with self.throughput.pause("checkpoint"):
             result.checkpoint = self.checkpoints.save(result.step, self.step.save, state=state, hashes=self.hashes)
@@ -331,11 +353,15 @@ class Loop:
         self._write("checkpoint", path=str(result.checkpoint.name), seconds=time.monotonic() - started)
         self.on_checkpoint()
 
-    def _log(self, metrics: StepMetrics, losses: list[float]) -> None:
-        """Records the mean and the largest loss since the last record, and the rest as of now."""
-        rates = {f"lr_{group}": rate for group, rate in metrics.learning_rates.items()}
-        values = {"loss": sum(losses) / len(losses), "loss_max": max(losses), "grad_norm": metrics.grad_norm}
-        self._write("train", **values, **rates, **self.throughput.metrics(), **self.gauges())
+    def _log(self, unreported: Sequence[StepMetrics]) -> None:
+        """Records means and the largest loss of the steps since the last record, and the rest as of now."""
+        last, losses = unreported[-1], [metrics.loss for metrics in unreported]
+        rates = {f"lr_{group}": rate for group, rate in last.learning_rates.items()}
+        values = {"loss": sum(losses) / len(losses), "loss_max": max(losses), "grad_norm": last.grad_norm}
+        measures = {
+            name: sum(metrics.measures[name] for metrics in unreported) / len(unreported) for name in last.measures
+        }
+        self._write("train", **values, **measures, **rates, **self.throughput.metrics(), **self.gauges())
 
     def _report_skip(self, metrics: StepMetrics, skipped: int) -> None:
         first = (self._result.step - 1) * self._per_step
@@ -367,9 +393,24 @@ def evaluate(
     ``max_tokens`` limits the evaluation to windows spread evenly over the text; None reads all of it. The bytes of a limited evaluation are
     taken as its share of the tokens.
     """
-    windows = None if max_tokens is None else max(1, max_tokens // sequence_length)
+    total = total_loss(step, validation, batch_size=batch_size, window_tokens=sequence_length, max_tokens=max_tokens)
+    return total.loss / total.weight, _bits_per_byte(total, validation)
+
+
+def total_loss(
+    step: Step, validation: ValidationBatches, *, batch_size: int, window_tokens: float, max_tokens: int | None = None
+) -> LossSum:
+    """The loss and measures of the validation data, as sums.
+
+    ``max_tokens`` limits it to windows (or batches) of ``window_tokens`` spread evenly over the data; None reads all.
+    """
+    windows = None if max_tokens is None else max(1, int(max_tokens // window_tokens))
     total = LossSum()
     for batch in validation.batches(batch_size, max_windows=windows):
         total += step.evaluate(batch)
+    return total
+
+
+def _bits_per_byte(total: LossSum, validation: ValidationBatches) -> float:
     text_bytes = validation.num_bytes * total.weight / validation.num_tokens
-    return total.loss / total.weight, total.loss / math.log(2) / text_bytes
+    return total.loss / math.log(2) / text_bytes

@@ -60,13 +60,15 @@ class StepMetrics:
     loss: float
     """Mean loss per unit of weight before the update, in nats."""
     weight: float
-    """Sum of the weights of all targets."""
+    """Sum of the weights: of all targets, or the number of pairs."""
     grad_norm: float
     """Global norm of the gradient before clipping."""
     learning_rates: dict[str, float] = field(default_factory=dict)
     """Learning rate by parameter group."""
     skipped: bool = False
     """Whether the update was left out because the loss or the gradient was not finite."""
+    measures: dict[str, float] = field(default_factory=dict)
+    """Means per unit of weight of what the stage measures besides its loss, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +76,20 @@ class LossSum:
     """A loss in nats with the weight that it is a sum over; sums add up."""
 
     loss: float = 0.0
-    """Sum of weight times loss over all targets, in nats."""
+    """Sum of weight times loss over all targets or pairs, in nats."""
     weight: float = 0.0
     """Sum of the weights."""
+    measures: dict[str, float] = field(default_factory=dict)
+    """Sums of what the stage measures besides its loss, by name; a stage that has any has no loss in nats per token."""
 
     def __add__(self, other: LossSum) -> LossSum:
-        return LossSum(loss=self.loss + other.loss, weight=self.weight + other.weight)
+        names = self.measures | other.measures
+        measures = {name: self.measures.get(name, 0.0) + other.measures.get(name, 0.0) for name in names}
+        return LossSum(loss=self.loss + other.loss, weight=self.weight + other.weight, measures=measures)
+
+    def means(self) -> dict[str, float]:
+        """The measures per unit of weight."""
+        return {name: total / self.weight for name, total in self.measures.items()}
 
 
 class Step(Protocol):

@@ -12,7 +12,7 @@ import os
 import platform
 import shutil
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from anarcho_train.config import TrainConfig
-from anarcho_train.losses.torch import next_token_loss
+from anarcho_train.losses.torch import NextTokenLoss, answer_logprobs
 from anarcho_train.step import Batch, LossSum, StepMetrics, StepSchedule
 
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -32,6 +32,9 @@ RUNTIME_FILE = "runtime.safetensors"
 
 COMPILE_MIN_FLOPS = 5e12
 """A CPU run of fewer floating-point operations ends sooner without compilation: at 150 GFLOP/s it takes about half a minute."""
+
+MAX_COMPILED_SHAPES = 64
+"""So many shapes of batches are compiled before torch.compile gives up and runs the model uncompiled; its own limit is 8."""
 
 
 class LanguageModel(Protocol):
@@ -41,6 +44,22 @@ class LanguageModel(Protocol):
         self, tokens: Tensor, targets: Tensor, *, positions: Tensor | None = None, segments: Tensor | None = None
     ) -> Tensor:
         """Log-probabilities of ``targets``, float32 (batch, length), in nats."""
+        ...
+
+
+class StageLoss(Protocol):
+    """The loss of a training stage; everything that it returns is a sum, which the step divides once by the weight of all its batches."""
+
+    def weight(self, batch: Batch) -> float:
+        """What the loss of the batch is a sum over: the targets' weights, or pairs."""
+        ...
+
+    def arrays(self, batch: Batch) -> dict[str, np.ndarray]:
+        """The arrays of the batch that the loss reads besides log-probabilities; they reach it as tensors on the model's device."""
+        ...
+
+    def __call__(self, logprobs: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """From ``logprobs`` float32 (batch, length) the loss, a scalar with a gradient, and further measures, scalars without one."""
         ...
 
 
@@ -92,8 +111,9 @@ def _can_compile_for_cpu() -> bool:
 class TorchStep:
     """`anarcho_train.step.Step` for a torch model and any torch optimizer.
 
-    ``save_model`` and ``load_model`` write and read the model's own files, so that the format stays with the model. ``flops`` is the work
-    of the whole run, for `resolve_compile`. ``notify`` receives one sentence whenever something is worth telling a person.
+    ``save_model`` and ``load_model`` write and read the model's own files, so that the format stays with the model. ``loss`` is that of
+    the stage; left out, of the next token. ``flops`` is the work of the whole run, for `resolve_compile`. ``notify`` receives one sentence
+    whenever something is worth telling a person.
     """
 
     def __init__(
@@ -104,7 +124,7 @@ class TorchStep:
         config: TrainConfig,
         save_model: Callable[[nn.Module, Path], None],
         load_model: Callable[[nn.Module, Path], None],
-        loss: Callable[[Tensor, Tensor], Tensor] = next_token_loss,
+        loss: StageLoss | None = None,
         flops: float = 0.0,
         notify: Callable[[str], None] = lambda message: None,
     ) -> None:
@@ -115,10 +135,12 @@ class TorchStep:
         self.compiled = resolve_compile(config.compile, self.device, flops=flops)
         self._may_fall_back = config.compile == "auto"
         self._grad_clip = config.grad_clip
-        self._save_model, self._load_model, self._loss, self._notify = save_model, load_model, loss, notify
+        self._save_model, self._load_model, self._notify = save_model, load_model, notify
+        self._loss: StageLoss = NextTokenLoss() if loss is None else loss
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.float16)
         self._logprobs: Callable[..., Tensor] = model.token_logprobs  # type: ignore[assignment]
         if self.compiled:
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_COMPILED_SHAPES)
             self._logprobs = torch.compile(self._logprobs, dynamic=False)
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
@@ -126,10 +148,10 @@ class TorchStep:
 
     def train(self, micro_batches: Sequence[Batch], *, schedule: StepSchedule) -> StepMetrics:
         """One update; the gradient is that of the mean loss over the weight of all micro-batches together."""
-        weight = float(sum(float(b.weights.sum(dtype=np.float64)) for b in micro_batches))
+        weight = float(sum(self._loss.weight(batch) for batch in micro_batches))
         self._apply(schedule)
         try:
-            loss = self._accumulate(micro_batches, weight)
+            total = self._accumulate(micro_batches, weight)
         except Exception as error:
             if not (
                 self.compiled
@@ -138,26 +160,38 @@ class TorchStep:
             ):
                 raise
             self._leave_compilation(error)
-            loss = self._accumulate(micro_batches, weight)
+            total = self._accumulate(micro_batches, weight)
         self._may_fall_back = False
         self._scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._grad_clip or float("inf"))
         grad_norm = float(norm)
-        finite = bool(np.isfinite(loss) and np.isfinite(grad_norm))
+        finite = bool(np.isfinite(total.loss) and np.isfinite(grad_norm))
         if finite:
             self._scaler.step(self.optimizer)
         self._scaler.update()
         rates = {_group_name(i, group): float(group["lr"]) for i, group in enumerate(self.optimizer.param_groups)}
         return StepMetrics(
-            loss=loss / weight, weight=weight, grad_norm=grad_norm, learning_rates=rates, skipped=not finite
+            loss=total.loss / weight,
+            weight=weight,
+            grad_norm=grad_norm,
+            learning_rates=rates,
+            skipped=not finite,
+            measures=total.means(),
         )
 
     def evaluate(self, batch: Batch) -> LossSum:
         """The summed loss of a batch."""
-        # A compiled model keeps its training graph: without gradients it would be compiled a second time.
-        with torch.set_grad_enabled(self.compiled):
-            loss = self._batch_loss(batch)
-        return LossSum(loss=float(loss.detach()), weight=float(batch.weights.sum(dtype=np.float64)))
+        with self._without_update():
+            return self._sums(batch, *self._batch_loss(batch))
+
+    def answer_logprobs(self, batch: Batch) -> np.ndarray:
+        """The log-probability of each row's counted targets, ``sum(weights * logprobs)``, float32 (rows,), in nats.
+
+        Of a model that is not trained yet these are the reference's, in the very arithmetic of the training.
+        """
+        with self._without_update():
+            logprobs = self._forward(batch)
+        return answer_logprobs(logprobs.detach(), self._tensor(batch.weights)).cpu().numpy()
 
     def save(self, directory: Path) -> None:
         """Writes the model's files, the optimizer's state and the random state into ``directory``."""
@@ -190,16 +224,22 @@ class TorchStep:
             if schedule.momentum is not None and "momentum" in group:
                 group["momentum"] = schedule.momentum
 
-    def _accumulate(self, micro_batches: Sequence[Batch], weight: float) -> float:
+    def _accumulate(self, micro_batches: Sequence[Batch], weight: float) -> LossSum:
         self.optimizer.zero_grad(set_to_none=True)
-        total = 0.0
+        total = LossSum()
         for batch in micro_batches:
-            loss = self._batch_loss(batch)
+            loss, measures = self._batch_loss(batch)
             self._scaler.scale(loss / weight).backward()
-            total += float(loss.detach())
+            total += self._sums(batch, loss, measures)
         return total
 
-    def _batch_loss(self, batch: Batch) -> Tensor:
+    def _batch_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        # What the batch lacks is to be found before the model has worked on it.
+        arrays = self._loss.arrays(batch)
+        logprobs = self._forward(batch)
+        return self._loss(logprobs, {name: self._tensor(array) for name, array in arrays.items()})
+
+    def _forward(self, batch: Batch) -> Tensor:
         arrays = {
             "tokens": batch.tokens,
             "targets": batch.targets,
@@ -208,8 +248,18 @@ class TorchStep:
         }
         tensors = {name: self._tensor(array).long() for name, array in arrays.items() if array is not None}
         with self._autocast():
-            logprobs = self._logprobs(tensors.pop("tokens"), tensors.pop("targets"), **tensors)
-        return self._loss(logprobs, self._tensor(batch.weights))
+            return self._logprobs(tensors.pop("tokens"), tensors.pop("targets"), **tensors)
+
+    def _sums(self, batch: Batch, loss: Tensor, measures: dict[str, Tensor]) -> LossSum:
+        """Everything that was measured, in one transfer from the device."""
+        values = torch.stack([loss.detach(), *measures.values()]).tolist()
+        return LossSum(
+            loss=values[0], weight=self._loss.weight(batch), measures=dict(zip(measures, values[1:], strict=True))
+        )
+
+    def _without_update(self) -> AbstractContextManager[Any]:
+        """A compiled model keeps its training graph: without gradients it would be compiled a second time."""
+        return torch.set_grad_enabled(self.compiled)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
