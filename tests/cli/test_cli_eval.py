@@ -280,6 +280,7 @@ def test_what_makes_no_sense_is_refused(models, write: Write, refused, tmp_path:
     assert "absent" in refused("eval", models[0], "--task", tmp_path / "absent")
     assert "more than the 2" in refused("eval", models[0], "--task", words, "--shots", 2)
     assert "--shots" in refused("eval", models[0], "--task", pairs, "--shots", 1)
+    assert "absent" in refused("eval", models[0], "--text", tmp_path / "absent")
     text = write("t.jsonl", [{"text": "the whale"}])
     assert "--part all" in refused("eval", models[0], "--text", text, "--part", "validation", "--device", "cpu")
     bad = tmp_path / "b.jsonl"

@@ -64,6 +64,8 @@ def evaluate(
     directories = {str(model): find_model(model, which=checkpoint) for model in models}
     specs = texts or ([] if tasks else ["embedded"])
     sources = [TextSource(spec=spec, part=part, validation_fraction=validation_fraction, limit=limit) for spec in specs]
+    for source in sources:  # before a model is loaded, or half of the work is done
+        source.check()
     read = [read_task(path, shots=shots, limit=limit) for path in tasks or []]
 
     from anarcho_cli.devices import resolve_device

@@ -44,6 +44,12 @@ class TextSource:
         """The source, and its part where that is not all."""
         return f"{self.spec} (validation)" if self.is_validation else self.spec
 
+    def check(self) -> None:
+        """Look whether the source is there, without the network. Raises FileNotFoundError or SourceError."""
+        from anarcho_tokenize import DataConfig, check_source
+
+        check_source(DataConfig(source=self.spec))
+
     def documents(self, *, notify: Callable[[str], None]) -> Iterator[str]:
         """The texts; `notify` is told of rows that cannot be used, which are left out.
 
