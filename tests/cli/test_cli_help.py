@@ -28,6 +28,7 @@ COMMANDS = [
     "generate",
     "pipeline run",
     "pretrain",
+    "sft",
     "tokenizer import",
     "tokenizer inspect",
     "tokenizer train",

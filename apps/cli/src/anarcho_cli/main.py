@@ -10,7 +10,18 @@ from typing import Annotated
 
 import typer
 
-from anarcho_cli.commands import checkpoint, config, data, doctor, evaluate, generate, pipeline, pretrain, tokenizer
+from anarcho_cli.commands import (
+    checkpoint,
+    config,
+    data,
+    doctor,
+    evaluate,
+    generate,
+    pipeline,
+    pretrain,
+    sft,
+    tokenizer,
+)
 from anarcho_cli.errors import CommandGroup
 
 app = typer.Typer(
@@ -25,6 +36,7 @@ app = typer.Typer(
 )
 
 app.command("pretrain")(pretrain.pretrain)
+app.command("sft")(sft.sft)
 app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)
 app.add_typer(tokenizer.app, name="tokenizer")
