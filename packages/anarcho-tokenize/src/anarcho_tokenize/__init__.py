@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from anarcho_tokenize.background import Producer, StreamedBatches
     from anarcho_tokenize.bpe import StreamDecoder, Tokenizer
     from anarcho_tokenize.buckets import BucketBatches, SequentialBucketBatches
+    from anarcho_tokenize.byte_level import ByteLevelTokenizer
     from anarcho_tokenize.chat import CHAT_TEMPLATE, encode_chat, encode_conversation, encode_preference
     from anarcho_tokenize.config import DataConfig, SourceConfig, TokenizerConfig
     from anarcho_tokenize.corpus import embedded_documents
     from anarcho_tokenize.errors import ShardError, SourceError, TokenizerError
     from anarcho_tokenize.importing import import_tokenizer
     from anarcho_tokenize.inspect import TokenizerReport, compare_tokenizers, inspect_tokenizer
+    from anarcho_tokenize.loading import AnyTokenizer, load_tokenizer
     from anarcho_tokenize.packing import Batch, PackedBatches, SequentialBatches
     from anarcho_tokenize.preparation import prepare_shards, read_texts, release, write_shards
     from anarcho_tokenize.production import PreparationReport
@@ -30,9 +32,11 @@ __version__ = "0.2.0"
 
 __all__ = [
     "CHAT_TEMPLATE",
+    "AnyTokenizer",
     "BadRow",
     "Batch",
     "BucketBatches",
+    "ByteLevelTokenizer",
     "DataConfig",
     "Dropped",
     "Example",
@@ -65,6 +69,7 @@ __all__ = [
     "import_tokenizer",
     "inspect_shards",
     "inspect_tokenizer",
+    "load_tokenizer",
     "prepare_shards",
     "read_documents",
     "read_texts",
@@ -77,12 +82,14 @@ _HOMES = {
     "background": ("Producer", "StreamedBatches"),
     "bpe": ("StreamDecoder", "Tokenizer"),
     "buckets": ("BucketBatches", "SequentialBucketBatches"),
+    "byte_level": ("ByteLevelTokenizer",),
     "chat": ("CHAT_TEMPLATE", "encode_chat", "encode_conversation", "encode_preference"),
     "config": ("DataConfig", "SourceConfig", "TokenizerConfig"),
     "corpus": ("embedded_documents",),
     "errors": ("ShardError", "SourceError", "TokenizerError"),
     "importing": ("import_tokenizer",),
     "inspect": ("TokenizerReport", "compare_tokenizers", "inspect_tokenizer"),
+    "loading": ("AnyTokenizer", "load_tokenizer"),
     "packing": ("Batch", "PackedBatches", "SequentialBatches"),
     "preparation": ("prepare_shards", "read_texts", "release", "write_shards"),
     "production": ("PreparationReport",),

@@ -17,9 +17,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from anarcho_tokenize.bpe import Tokenizer
 from anarcho_tokenize.config import DataConfig, SourceConfig
 from anarcho_tokenize.errors import ShardError, SourceError, TokenizerError
+from anarcho_tokenize.loading import load_tokenizer
 from anarcho_tokenize.packing import Batch, PackedBatches
 from anarcho_tokenize.preparation import prepare_shards, release
 from anarcho_tokenize.sources import NetworkError
@@ -193,7 +193,7 @@ def _main() -> None:
     try:
         prepare_shards(
             config,
-            Tokenizer.load(work["tokenizer"]),
+            load_tokenizer(work["tokenizer"]),
             work["directory"],
             on_progress=lambda report: _tell(event="progress", tokens=report.tokens),
             notify=lambda message: _tell(event="notice", message=message),

@@ -19,16 +19,18 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import sentencepiece
 
+from anarcho_tokenize.chat_format import chat_format_of
 from anarcho_tokenize.errors import TokenizerError
 from anarcho_tokenize.huggingface import tokenizer_files
 from anarcho_tokenize.importing import complete
 from anarcho_tokenize.normalization import Form, form_named, normalize
-from anarcho_tokenize.piece_model import BYTE, CONTROL, UNKNOWN_KIND, Piece, appended_plain_text
+from anarcho_tokenize.piece_model import BYTE, CONTROL, UNKNOWN_KIND, Piece, PieceModel, appended_plain_text
 from anarcho_tokenize.symbols import END_OF_TEXT, PAD, SPACE_MARK, SPECIAL_TOKENS, UNKNOWN
 from anarcho_tokenize.words import WordEncoder
 
@@ -74,6 +76,8 @@ class Tokenizer:
             space_mark = [ids[f"<0x{byte:02X}>"] for byte in SPACE_MARK.encode()]
         plain = sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes + appended_plain_text())
         self._words = WordEncoder(plain, self.piece_model, space_mark=space_mark)
+        self.chat_format = chat_format_of(self.special_tokens, self.encode)
+        """How conversations are written."""
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
@@ -137,10 +141,23 @@ class Tokenizer:
         return f" {text}" if text and self.piece_model.dummy_prefix else text
 
 
+class Pieces(Protocol):
+    """What a `StreamDecoder` needs of a tokenizer."""
+
+    @property
+    def piece_model(self) -> PieceModel:
+        """The vocabulary and its settings."""
+        ...
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for."""
+        ...
+
+
 class StreamDecoder:
     """Decodes one id at a time, holding back bytes until they are whole characters."""
 
-    def __init__(self, tokenizer: Tokenizer, *, continues: bool = False) -> None:
+    def __init__(self, tokenizer: Pieces, *, continues: bool = False) -> None:
         """The texts together are `tokenizer.decode` of the ids; if they continue other ids, they keep a space at their beginning."""
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")

@@ -12,10 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from anarcho_tokenize.bpe import Tokenizer
 from anarcho_tokenize.chunks import TRAIN, VALIDATION
 from anarcho_tokenize.config import DataConfig
 from anarcho_tokenize.errors import ShardError
+from anarcho_tokenize.loading import AnyTokenizer
 from anarcho_tokenize.shards import VERSION
 
 PARTS = (TRAIN, VALIDATION)
@@ -57,7 +57,7 @@ def read_state(directory: Path, *, plan: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def plan_of(config: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+def plan_of(config: DataConfig, tokenizer: AnyTokenizer) -> dict[str, Any]:
     """What the tokens follow from, as JSON: preparations with equal plans write equal shards."""
     names = ("mixture_end", "kind", "deduplicate", "max_document_bytes", "max_tokens", "validation_fraction")
     values = {name: getattr(config, name) for name in (*names, "shard_tokens")}

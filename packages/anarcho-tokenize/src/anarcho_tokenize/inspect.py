@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from anarcho_tokenize.bpe import Tokenizer
+from anarcho_tokenize.loading import AnyTokenizer
 from anarcho_tokenize.piece_model import BPE, BYTE, NORMAL, UNKNOWN_KIND
 
 # A word with the one space before it, or one character of other white space.
@@ -106,13 +106,13 @@ class TokenizerReport:
     """By script, most bytes first; without documents in which characters are unknown."""
 
 
-def inspect_tokenizer(tokenizer: Tokenizer, documents: Iterable[str], *, longest: int = 20) -> TokenizerReport:
+def inspect_tokenizer(tokenizer: AnyTokenizer, documents: Iterable[str], *, longest: int = 20) -> TokenizerReport:
     """Count how a tokenizer writes some documents; `longest` is how many of the longest and of the unused pieces to list."""
     return compare_tokenizers({"": tokenizer}, documents, longest=longest)[""]
 
 
 def compare_tokenizers(
-    tokenizers: Mapping[str, Tokenizer], documents: Iterable[str], *, longest: int = 20
+    tokenizers: Mapping[str, AnyTokenizer], documents: Iterable[str], *, longest: int = 20
 ) -> dict[str, TokenizerReport]:
     """Count how several tokenizers, given by name, write the same documents, which are read once."""
     counts = {name: _Counts(tokenizer) for name, tokenizer in tokenizers.items()}
@@ -132,7 +132,7 @@ def compare_tokenizers(
 class _Counts:
     """What one tokenizer has made of the documents so far."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: AnyTokenizer) -> None:
         self._tokenizer = tokenizer
         pieces = tokenizer.piece_model.pieces
         self._kinds = np.array([piece.kind for piece in pieces])
@@ -165,7 +165,7 @@ class _Counts:
         tokenizer, model = self._tokenizer, self._tokenizer.piece_model
         tokens = int(self._uses.sum())
         learned = np.flatnonzero(self._kinds == NORMAL)
-        texts = [tokenizer.token_bytes(int(token)).decode() for token in learned]
+        texts = [tokenizer.token_bytes(int(token)).decode(errors="replace") for token in learned]
         unused = sorted(learned[self._uses[learned] == 0].tolist(), key=lambda token: -model.pieces[token].score)
         scripts = [_script_report(script, sums) for script, sums in self._scripts.items()]
         own_rules = model.normalizer if model.normalizes else "identity"
@@ -185,7 +185,7 @@ class _Counts:
             byte_token_share=_ratio(int(self._uses[self._kinds == BYTE].sum()), tokens),
             unknown_token_share=_ratio(int(self._uses[self._kinds == UNKNOWN_KIND].sum()), tokens),
             unused_pieces=len(unused),
-            unused_examples=tuple(tokenizer.token_bytes(token).decode() for token in unused[:longest]),
+            unused_examples=tuple(tokenizer.token_bytes(token).decode(errors="replace") for token in unused[:longest]),
             scripts=tuple(sorted(scripts, key=lambda script: -script.bytes)),
         )
 

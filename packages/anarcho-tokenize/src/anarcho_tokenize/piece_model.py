@@ -8,7 +8,7 @@ https://protobuf.dev/programming-guides/encoding/.
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,8 +21,11 @@ UNIGRAM, BPE = 1, 2
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
 _TEXT, _SCORE, _KIND = 1, 2, 3
 _ALGORITHM, _SPACES_END_PIECES, _BYTE_FALLBACK = 3, 24, 35
-_EOS_ID, _PAD_ID, _EOS_PIECE, _PAD_PIECE = 42, 43, 47, 48
+_UNK_ID, _BOS_ID, _EOS_ID, _PAD_ID = 40, 41, 42, 43
+_UNK_PIECE, _BOS_PIECE, _EOS_PIECE, _PAD_PIECE = 45, 46, 47, 48
 _NAME, _CHARACTER_MAP, _DUMMY_PREFIX, _COLLAPSE_SPACES, _ESCAPE_SPACES = 1, 2, 3, 4, 5
+_NO_ID = 2**64 - 1
+"""-1, as protobuf writes it."""
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
@@ -98,6 +101,26 @@ def read_model(data: bytes) -> PieceModel:
     )
 
 
+def bpe_model(
+    pieces: Sequence[Piece],
+    *,
+    unknown: int,
+    end: int | None,
+    padding: int | None,
+    begin: int | None,
+    dummy_prefix: bool,
+) -> bytes:
+    """The bytes of a model file of the kind BPE that takes texts as they are; the numbers are ids of special pieces."""
+    trainer = _field(_ALGORITHM, BPE) + _field(_BYTE_FALLBACK, int(any(piece.kind == BYTE for piece in pieces)))
+    special = ((_UNK_ID, _UNK_PIECE, unknown), (_BOS_ID, _BOS_PIECE, begin), (_EOS_ID, _EOS_PIECE, end))
+    for id_field, piece_field, number in (*special, (_PAD_ID, _PAD_PIECE, padding)):
+        trainer += _field(id_field, _NO_ID if number is None else number)
+        trainer += b"" if number is None else _field(piece_field, pieces[number].text.encode())
+    normalizer = _field(_NAME, b"identity") + _field(_DUMMY_PREFIX, int(dummy_prefix)) + _field(_COLLAPSE_SPACES, 0)
+    vocabulary = b"".join(_field(_PIECES, _encoded_piece(piece)) for piece in pieces)
+    return vocabulary + _field(_TRAINER, trainer) + _field(_NORMALIZER, normalizer)
+
+
 def appended_control(text: str) -> bytes:
     """Bytes that, at the end of a model file, append a piece that no text encodes to."""
     return _field(_PIECES, _control(text))
@@ -135,7 +158,12 @@ def with_controls(data: bytes, texts: set[str]) -> bytes:
 
 
 def _control(text: str) -> bytes:
-    return _field(_TEXT, text.encode()) + struct.pack("<Bf", _SCORE << 3 | _FIXED32, 0.0) + _field(_KIND, CONTROL)
+    return _encoded_piece(Piece(text, 0.0, CONTROL))
+
+
+def _encoded_piece(piece: Piece) -> bytes:
+    score = struct.pack("<Bf", _SCORE << 3 | _FIXED32, piece.score)
+    return _field(_TEXT, piece.text.encode()) + score + _field(_KIND, piece.kind)
 
 
 def _piece(data: bytes) -> Piece:

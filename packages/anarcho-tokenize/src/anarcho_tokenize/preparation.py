@@ -11,12 +11,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from anarcho_tokenize.bpe import Tokenizer, check_unicode
+from anarcho_tokenize.bpe import check_unicode
 from anarcho_tokenize.chunks import RowSource
 from anarcho_tokenize.config import DataConfig
 from anarcho_tokenize.directory import CONSUMED_FILE, LOCK_FILE, STATE_FILE
 from anarcho_tokenize.durable import replace_file, sync_directory
 from anarcho_tokenize.errors import ShardError, SourceError
+from anarcho_tokenize.loading import AnyTokenizer
 from anarcho_tokenize.production import PreparationReport, Production
 from anarcho_tokenize.rows import digest_of, texts_of
 from anarcho_tokenize.sources import BadRow, Example, Examples, check_source
@@ -24,7 +25,7 @@ from anarcho_tokenize.sources import BadRow, Example, Examples, check_source
 
 def prepare_shards(
     config: DataConfig,
-    tokenizer: Tokenizer,
+    tokenizer: AnyTokenizer,
     directory: str | os.PathLike[str],
     *,
     on_progress: Callable[[PreparationReport], None] | None = None,
@@ -52,7 +53,7 @@ def prepare_shards(
 
 def write_shards(
     documents: Iterable[str],
-    tokenizer: Tokenizer,
+    tokenizer: AnyTokenizer,
     directory: str | os.PathLike[str],
     *,
     validation_fraction: float = 0.05,

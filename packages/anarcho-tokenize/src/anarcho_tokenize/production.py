@@ -17,7 +17,6 @@ from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
-from anarcho_tokenize.bpe import Tokenizer
 from anarcho_tokenize.chunks import TRAIN, VALIDATION, Chunk, ChunkReader, Counts, RowSource
 from anarcho_tokenize.config import DataConfig
 from anarcho_tokenize.deduplication import SeenRows
@@ -35,6 +34,7 @@ from anarcho_tokenize.directory import (
 )
 from anarcho_tokenize.durable import json_document, replace_file, sync
 from anarcho_tokenize.errors import ShardError, SourceError
+from anarcho_tokenize.loading import AnyTokenizer
 from anarcho_tokenize.rows import Content, Preference, texts_of
 from anarcho_tokenize.shard_writer import ShardWriter
 from anarcho_tokenize.shards import FORMAT, VERSION
@@ -86,7 +86,7 @@ class Production:
     def __init__(
         self,
         directory: Path,
-        tokenizer: Tokenizer,
+        tokenizer: AnyTokenizer,
         config: DataConfig,
         *,
         open_source: OpenSource,

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from anarcho_tokenize.bpe import Tokenizer
 from anarcho_tokenize.config import Kind
 from anarcho_tokenize.errors import ShardError
+from anarcho_tokenize.loading import AnyTokenizer
 from anarcho_tokenize.shards import TokenShards
 
 _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -53,7 +53,9 @@ class ShardsReport:
     """The start of the first document, decoded; None without a tokenizer or documents."""
 
 
-def inspect_shards(shards: TokenShards, tokenizer: Tokenizer | None = None, *, first_tokens: int = 200) -> ShardsReport:
+def inspect_shards(
+    shards: TokenShards, tokenizer: AnyTokenizer | None = None, *, first_tokens: int = 200
+) -> ShardsReport:
     """Describe prepared data; with its tokenizer, decode up to `first_tokens` tokens of the first document.
 
     Raises ShardError where the tokenizer is not the one that made the shards.
@@ -83,7 +85,7 @@ def inspect_shards(shards: TokenShards, tokenizer: Tokenizer | None = None, *, f
     )
 
 
-def require_tokenizer(shards: TokenShards, tokenizer: Tokenizer) -> None:
+def require_tokenizer(shards: TokenShards, tokenizer: AnyTokenizer) -> None:
     """Raise ShardError where the tokenizer is not the one that made the shards."""
     if tokenizer.sha256 != shards.tokenizer_sha256:
         raise ShardError(

@@ -18,9 +18,9 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from anarcho_tokenize.bpe import Tokenizer
 from anarcho_tokenize.chat import encode_conversation, encode_preference
 from anarcho_tokenize.errors import ShardError
+from anarcho_tokenize.loading import AnyTokenizer, tokenizer_of_bytes
 from anarcho_tokenize.rows import Content, Preference
 
 _CHUNKS_PER_WORKER = 2
@@ -41,7 +41,7 @@ class EncodedDocument(NamedTuple):
     """1 where a token counts as a target; None for a text, of which every token does."""
 
 
-def encode(tokenizer: Tokenizer, content: Content) -> tuple[EncodedDocument, ...]:
+def encode(tokenizer: AnyTokenizer, content: Content) -> tuple[EncodedDocument, ...]:
     """The documents of a row: of a text or a conversation one, of a preference the chosen and the rejected answer with their prompt."""
     if isinstance(content, str):
         return (EncodedDocument(np.append(tokenizer.encode_array(content), np.int32(tokenizer.eot_id)), None),)
@@ -53,7 +53,7 @@ def encode(tokenizer: Tokenizer, content: Content) -> tuple[EncodedDocument, ...
 class Encoder:
     """Encodes chunks of rows with `num_workers` processes, or with 0 in this one; a context manager."""
 
-    def __init__(self, tokenizer: Tokenizer, *, num_workers: int) -> None:
+    def __init__(self, tokenizer: AnyTokenizer, *, num_workers: int) -> None:
         self._tokenizer = tokenizer
         self._num_workers = num_workers
         self._pool: ProcessPoolExecutor | None = None
@@ -100,7 +100,7 @@ class Encoder:
             ) from error
 
 
-_tokenizer: Tokenizer
+_tokenizer: AnyTokenizer
 
 
 def _start_worker(model: bytes, parent: int) -> None:
@@ -108,7 +108,7 @@ def _start_worker(model: bytes, parent: int) -> None:
     global _tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the reader decides
     threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
-    _tokenizer = Tokenizer(model)
+    _tokenizer = tokenizer_of_bytes(model)
 
 
 def _end_with_parent(parent: int) -> None:
