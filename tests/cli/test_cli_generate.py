@@ -125,3 +125,55 @@ def test_damaged_weights_are_refused_by_name(model: Path, tmp_path: Path, refuse
 def test_control_characters_never_reach_a_terminal() -> None:
     assert printable("a\x1b[2Jb\x07\x9b\n\tc\r") == "a\ufffd[2Jb\ufffd\ufffd\n\tc\ufffd"
     assert printable("naïve 鯨 🐋") == "naïve 鯨 🐋"
+
+
+def test_several_prompts_are_written_together_each_as_alone(model: Path, anarcho) -> None:
+    prompts = ["the whale", "the sea and the ship", ""]
+    options = ["-n", 9, "--device", "cpu", "--json"]
+    together = anarcho("generate", model, *prompts, "--seed", 5, "--slots", 2, *options)
+    rows = [json.loads(line) for line in together.stdout.splitlines()]
+    assert [row["prompt"] for row in rows] == prompts
+    for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        alone = json.loads(anarcho("generate", model, prompt, "--seed", 5 + number, *options).stdout)
+        assert {**row, "seconds": 0} == {**alone, "seconds": 0}
+
+
+def test_prompts_come_from_lines_rows_and_standard_input(model: Path, tmp_path: Path, anarcho) -> None:
+    lines, rows = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
+    lines.write_text("the whale\r\n\nthe sea\u2028x\n", encoding="utf-8")
+    rows.write_text('{"prompt": "the\\nsea"}\n{"text": "a ship"}\n"the"\n')
+
+    def read(*arguments: object, **options: object) -> list[str]:
+        result = anarcho("generate", model, *arguments, "-n", 1, "--device", "cpu", "--json", **options)
+        assert result.exit_code == 0, result.output
+        return [json.loads(line)["prompt"] for line in result.stdout.removesuffix("\n").split("\n")]
+
+    assert read("--prompts", lines) == ["the whale", "the sea\u2028x"]
+    assert read("first", "--prompts", rows) == ["first", "the\nsea", "a ship", "the"]
+    assert read("--prompts", "-", input="a\nb\n") == ["a", "b"]
+    assert read("x", "-", input="a\nb\n") == ["x", "a\nb"]
+
+
+def test_several_texts_are_printed_with_their_prompts(model: Path, anarcho) -> None:
+    options = ["-n", 4, "-t", 0, "--device", "cpu"]
+    found = anarcho("generate", model, "the", "sea", *options).stdout
+    first, second = (anarcho("generate", model, prompt, *options).stdout for prompt in ("the", "sea"))
+    assert found == f"--- 1 of 2\nthe{first}--- 2 of 2\nsea{second}"
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ('"the"\n{', ":2 is no JSON"),
+        ('{"question": "the"}', ":1 has no text"),
+        ("3", ":1 has no text"),
+        ("\n", "holds no prompt"),
+        (json.dumps("the") + "\n" + json.dumps("x" * 200), "Prompt 2: "),
+    ],
+)
+def test_prompts_that_cannot_be_read_are_refused_by_their_place(content, part, model: Path, tmp_path, refused) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(content)
+    assert part in refused("generate", model, "--prompts", file, "--device", "cpu")
+    assert "more than once" in refused("generate", model, "-", "--prompts", "-", "--device", "cpu")
+    assert "absent" in refused("generate", model, "--prompts", tmp_path / "absent", "--device", "cpu")

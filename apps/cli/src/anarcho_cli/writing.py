@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from anarcho_model.generate.engine.torch import Request
     from anarcho_model.generate.sampling import SamplingConfig
     from anarcho_model.torch import GPT
     from anarcho_tokenize import Tokenizer
@@ -29,7 +30,7 @@ class Completion:
     new_tokens: int
     """Tokens of the new text."""
     seconds: float
-    """Time that the writing took."""
+    """Time until the text was there; texts that are written together share it."""
     stopped_by: str
     """`end_of_text` where the model ended the document, `length` at the most new tokens, `context` where that is full."""
 
@@ -71,28 +72,52 @@ class Writer:
 
     def complete(self, prompt: str, *, config: SamplingConfig) -> Completion:
         """The new text as a whole."""
+        return next(self.complete_all([prompt], config=config))
+
+    def complete_all(self, prompts: Sequence[str], *, config: SamplingConfig, slots: int = 16) -> Iterator[Completion]:
+        """The new texts in the prompts' order, up to `slots` of them written at once; text i draws with `config.seed` + i.
+
+        Raises SamplingError or ContextError, before anything is written, for a prompt that cannot be read.
+        """
+        from anarcho_model.generate.engine.torch import Engine
+
+        settings = self._stopping(config)
+        encoded = [self.prompt_ids(prompt) for prompt in prompts]
+        longest = max(map(len, encoded), default=0) + config.max_new_tokens
+        context = min(longest, self.model.config.context_length)
+        engine = Engine(self.model, slots=max(1, min(slots, len(encoded))), context=context)
+        start = time.monotonic()
+        requests = []
+        for number, ids in enumerate(encoded):
+            seed = None if config.seed is None else (config.seed + number) % 2**63
+            try:
+                requests.append(engine.submit(ids, config=dataclasses.replace(settings, seed=seed)))
+            except ValueError as error:
+                raise type(error)(f"Prompt {number + 1}: {error}" if len(encoded) > 1 else str(error)) from error
+        return (
+            self._completion(request, continues=bool(prompt), start=start)
+            for request, prompt in zip(requests, prompts, strict=True)
+        )
+
+    def _completion(self, request: Request, *, continues: bool, start: float) -> Completion:
         from anarcho_tokenize import StreamDecoder
 
-        start = time.monotonic()
-        tokens = list(self._tokens(prompt, config))
-        prompt_tokens = len(self.prompt_ids(prompt))
-        stopped_by = "length" if len(tokens) == config.max_new_tokens else "end_of_text"
-        if prompt_tokens + len(tokens) == self.model.config.context_length:
-            stopped_by = "context"
-        decoder = StreamDecoder(self.tokenizer, continues=bool(prompt))
+        decoder = StreamDecoder(self.tokenizer, continues=continues)
+        known = [new.token for new in request if new.token < self.tokenizer.vocab_size]
         return Completion(
-            text="".join(map(decoder.push, tokens)) + decoder.flush(),
-            prompt_tokens=prompt_tokens,
-            new_tokens=len(tokens),
+            text="".join(map(decoder.push, known)) + decoder.flush(),
+            prompt_tokens=len(request.prompt),
+            new_tokens=len(request.tokens),
             seconds=time.monotonic() - start,
-            stopped_by=stopped_by,
+            stopped_by="end_of_text" if request.ended_by == "stop" else str(request.ended_by),
         )
 
     def _tokens(self, prompt: str, config: SamplingConfig) -> Iterator[int]:
         from anarcho_model.generate.torch import generate
 
-        stops = config.stop_token_ids or (self.tokenizer.eot_id,)
-        settings = dataclasses.replace(config, stop_token_ids=stops)
-        tokens = generate(self.model, self.prompt_ids(prompt), config=settings)
+        tokens = generate(self.model, self.prompt_ids(prompt), config=self._stopping(config))
         # A vocabulary that is padded to a rounder size has ids without a piece; an untrained model may draw them.
         return (token for token in tokens if token < self.tokenizer.vocab_size)
+
+    def _stopping(self, config: SamplingConfig) -> SamplingConfig:
+        return dataclasses.replace(config, stop_token_ids=config.stop_token_ids or (self.tokenizer.eot_id,))
