@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import lzma
 import signal
 from pathlib import Path
 
 import pytest
 from anarcho_monitor import read_curve
+from anarcho_tokenize.corpus import embedded_rows
 
 from .conftest import SMALL, settings
 
@@ -94,3 +96,47 @@ def test_a_changed_configuration_is_refused_when_a_run_is_resumed(anarcho, small
     result = anarcho("pretrain", "--resume", run, cwd=tmp_path, check=False)
     assert result.returncode == 2
     assert "was made with another config" in result.stderr
+
+
+TUNING = {
+    "train.steps": 6,
+    "train.batch_tokens": 1024,
+    "train.micro_batch": 2,
+    "train.eval_every": 3,
+    "train.checkpoint_every": 2,
+    "train.log_every": 1,
+    "train.eval_tokens": 1024,
+    "optim.warmup_steps": 2,
+    "sample.max_new_tokens": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def tuning_rows(tmp_path_factory) -> dict[str, Path]:
+    """A few of the embedded conversations and preferences."""
+    folder = tmp_path_factory.mktemp("rows")
+    files = {}
+    for command, kind in (("sft", "chat"), ("preference", "preference")):
+        files[command] = folder / f"{kind}.jsonl"
+        files[command].write_bytes(b"".join(lzma.decompress(embedded_rows(kind)).splitlines(keepends=True)[:60]))
+    return files
+
+
+@pytest.mark.parametrize("command", ["sft", "preference"])
+def test_a_tuning_run_killed_in_the_reference_a_step_and_a_checkpoint_ends_bitwise_alike(
+    anarcho, finished_run, tuning_rows, tmp_path, command
+):
+    begin = [command, "--from", finished_run, "--data", tuning_rows[command], "--device", "cpu"]
+    begin += settings(TUNING | {"data.validation_fraction": 0.2})
+    whole = tmp_path / anarcho(*begin, "--name", "whole", cwd=tmp_path).stdout.strip()
+    run = tmp_path / "runs" / "killed"
+    instants = [(STEP, "train", 2), ("anarcho_train.checkpoint", "_fsync", 4)]
+    if command == "preference":
+        instants.insert(0, (STEP, "answer_logprobs", 3))
+    for number, instant in enumerate(instants):
+        arguments = [*begin, "--name", "killed"] if number == 0 else [command, "--resume", run]
+        killed = anarcho(*arguments, cwd=tmp_path, patch=kill(instant), check=False)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+    anarcho(command, "--resume", run, cwd=tmp_path)
+    assert weights(run) == weights(whole)
+    assert read_curve(run / "metrics.jsonl", "train", "loss") == read_curve(whole / "metrics.jsonl", "train", "loss")

@@ -50,6 +50,7 @@ from anarcho_cli.data import RunData, open_run_data
 from anarcho_cli.diagnosis import processor_facts, system_facts
 from anarcho_cli.models import CHECKPOINTS, WEIGHTS
 from anarcho_cli.output import note
+from anarcho_cli.reference import with_reference
 
 if TYPE_CHECKING:
     from anarcho_train.steps.torch import TorchStep
@@ -61,6 +62,7 @@ TENSORBOARD = "tensorboard"
 TOKENIZER = "tokenizer"
 DATA = "data"
 BASE = "base"
+REFERENCE = "reference"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +78,11 @@ class RunSummary:
     seconds: float
     """Wall time of this attempt, preparation and evaluation included."""
     validation_loss: float | None
-    """Last validation loss in nats per token; None where the run stopped before one was measured."""
+    """Last validation loss in nats per token, or per pair of answers; None where the run stopped before one was measured."""
     bits_per_byte: float | None
     """The same in bits per byte of text."""
+    validation_measures: dict[str, float]
+    """What the stage measures besides, such as the accuracy of preferences."""
     best_step: int | None
     """Step of the lowest validation loss."""
     checkpoint: Path | None
@@ -204,7 +208,11 @@ def _prepare_tokenizer(run_directory: Path, config: RunConfig) -> None:
 def _train(run_directory: Path, config: RunConfig, data: RunData, *, device: str, started: float) -> RunSummary:
     tokenizer = Tokenizer.load(run_directory / TOKENIZER)
     _require_prompt(config, tokenizer)
-    step = _make_step(config, tokenizer, run_directory / BASE, device=device)
+    base = run_directory / BASE
+    step = _make_step(config, tokenizer, base, device=device)
+    if config.data.kind == "preference" and config.preference.needs_reference:
+        shards, kept = run_directory / DATA, run_directory / REFERENCE
+        data = with_reference(data, config, step, base=base, shards=shards, directory=kept)
     progress_sinks = _sinks(run_directory, config)
     try:
         loop = _make_loop(run_directory, config, data, step, progress_sinks, tokenizer, device=device)
@@ -237,6 +245,7 @@ def _make_step(config: RunConfig, tokenizer: Tokenizer, base: Path, *, device: s
     from anarcho_model.torch import GPT
     from anarcho_model.weights import load_weights, save_pretrained
     from anarcho_optim.torch import MuonAdamW, param_groups
+    from anarcho_train.losses.torch_preference import PreferenceLoss
     from anarcho_train.steps.torch import TorchStep
 
     if tokenizer.vocab_size > config.model.vocab_size:
@@ -260,6 +269,7 @@ def _make_step(config: RunConfig, tokenizer: Tokenizer, base: Path, *, device: s
         model,
         MuonAdamW(param_groups(model, config=config.optim)),
         config=config.train,
+        loss=PreferenceLoss(config.preference) if config.data.kind == "preference" else None,
         save_model=save_model,
         load_model=lambda trained, directory: load_weights(model, directory),
         flops=training_flops_per_token(config.model, config.sequence_length) * config.total_tokens,
@@ -289,6 +299,7 @@ def _make_loop(
         step=step,
         batches=data.train,
         validation=data.validation,
+        samples_per_step=data.samples_per_step,
         schedule=schedule,
         config=config.train,
         sequence_length=config.sequence_length,
@@ -389,6 +400,7 @@ def _summary(run_directory: Path, result: TrainResult, sample: str | None, *, se
         seconds=seconds,
         validation_loss=result.validation_loss if finite else None,
         bits_per_byte=result.bits_per_byte if finite else None,
+        validation_measures=result.validation_measures,
         best_step=result.best_step,
         checkpoint=result.checkpoint,
         sample=sample,

@@ -19,7 +19,7 @@ from anarcho_model.generate.sampling import SamplingConfig
 from anarcho_monitor import MonitorConfig
 from anarcho_optim import OptimConfig
 from anarcho_tokenize import DataConfig, TokenizerConfig
-from anarcho_train import TrainConfig
+from anarcho_train import PreferenceConfig, TrainConfig
 
 from anarcho_cli import schema
 from anarcho_cli.layers import (
@@ -62,7 +62,7 @@ class SampleConfig(SamplingConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that defines a pre-training run, checked as a whole."""
+    """Everything that defines a training run, checked as a whole; `preference` is for the data kind of that name alone."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     init: InitConfig = field(default_factory=InitConfig)
@@ -70,6 +70,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
 

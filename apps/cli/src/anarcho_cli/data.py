@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from anarcho_tokenize import (
+    BucketBatches,
     PackedBatches,
     Producer,
     SequentialBatches,
+    SequentialBucketBatches,
     StreamedBatches,
     Tokenizer,
     TokenShards,
     prepare_shards,
 )
+from anarcho_train.loop import TrainingBatches, ValidationBatches
 
 from anarcho_cli.config import RunConfig
 from anarcho_cli.output import note
@@ -31,10 +34,12 @@ _POLL_SECONDS = 0.1
 class RunData:
     """What the training loop reads."""
 
-    train: PackedBatches | StreamedBatches
+    train: TrainingBatches
     """Endless, or of a single epoch with data.disk_budget."""
-    validation: SequentialBatches | None
+    validation: ValidationBatches | None
     """None without data.validation_fraction."""
+    samples_per_step: int | None
+    """Where a sample is a whole batch of changing shape: how many make a step."""
     sha256: str
     """Names the data in checkpoints; of a stream, what it follows from."""
     facts: dict[str, Any]
@@ -73,9 +78,14 @@ def _prepared(config: RunConfig, directory: Path, tokenizer: Tokenizer) -> RunDa
     train, validation = (_open(directory / part, tokenizer) for part in ("train", "validation"))
     for shards in (train, validation):
         shards.verify()
+    if config.data.kind == "preference":
+        batches, held_out = _pairs(config, train, validation)
+    else:
+        batches, held_out = _packed(config, train), _sequential(config, validation) if validation.num_tokens else None
     return RunData(
-        train=_packed(config, train),
-        validation=_sequential(config, validation) if validation.num_tokens else None,
+        train=batches,
+        validation=held_out,
+        samples_per_step=_pair_batches(config) if config.data.kind == "preference" else None,
         sha256=hashlib.sha256(f"{train.fingerprint}{validation.fingerprint}".encode()).hexdigest(),
         facts={"train_tokens": train.num_tokens, "validation_tokens": validation.num_tokens},
         release=lambda sample: None,
@@ -93,6 +103,7 @@ def _streamed(config: RunConfig, directory: Path, tokenizer: Tokenizer, producer
     return RunData(
         train=batches,
         validation=None if validation is None else _sequential(config, validation),
+        samples_per_step=None,
         sha256=train.plan_sha256,
         facts={"validation_tokens": 0 if validation is None else validation.num_tokens},
         release=batches.release,
@@ -130,6 +141,22 @@ def _packed(config: RunConfig, shards: TokenShards) -> PackedBatches:
         shuffle_tokens=config.data.shuffle_tokens if config.data.streams else None,
         single_epoch=config.data.disk_budget is not None,
     )
+
+
+def _pairs(
+    config: RunConfig, train: TokenShards, validation: TokenShards
+) -> tuple[BucketBatches, SequentialBucketBatches | None]:
+    """Pairs of answers by length; a batch has the tokens of a micro-batch."""
+    tokens, length = config.train.micro_batch * config.sequence_length, config.sequence_length
+    batches = BucketBatches(train, batch_tokens=tokens, length=length, seed=config.train.seed)
+    if not validation.num_tokens:
+        return batches, None
+    return batches, SequentialBucketBatches(validation, batch_tokens=tokens, length=length, ladder=batches.ladder)
+
+
+def _pair_batches(config: RunConfig) -> int:
+    """Batches of pairs that make a step."""
+    return config.batch_sequences // config.train.micro_batch
 
 
 def _sequential(config: RunConfig, shards: TokenShards) -> SequentialBatches:

@@ -89,6 +89,11 @@ def finish(summary: RunSummary, *, json: bool) -> None:
         note(
             f"validation: {summary.bits_per_byte:.4f} bits per byte, loss {summary.validation_loss:.4f} nats per token"
         )
+    elif summary.validation_measures:
+        measures = ", ".join(
+            f"{name.replace('_', ' ')} {value:.4f}" for name, value in summary.validation_measures.items()
+        )
+        note(f"validation: loss {summary.validation_loss:.4f}, {measures}")
     if json:
         print_json(summary.to_dict())
     else:

@@ -15,6 +15,7 @@ Shapes: B rows, T = a length of the ladder.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -77,6 +78,10 @@ class BucketBatches:
         """Where in which epoch a batch is."""
         epoch, cursor = divmod(number, self.num_batches)
         return {"epoch": epoch, "cursor": cursor}
+
+    def state(self, first: int, count: int) -> Literal["ready"]:
+        """All batches are there, since only complete shards are taken."""
+        return "ready"
 
     def _seed(self, order: int) -> int:
         """The batches and the units of each length are shuffled independently."""

@@ -1,4 +1,4 @@
-"""`anarcho sft`: what is refused before anything is written, and what its configuration takes from the base model."""
+"""`anarcho sft` and `anarcho preference`: what is refused before anything is written, what comes from the base model, what is learned."""
 
 from __future__ import annotations
 
@@ -78,3 +78,30 @@ def test_a_base_model_learns_the_answers_and_keeps_its_beginning(base: Path, tmp
     run = Path(summary["run_directory"])
     assert (run / "base" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
     assert (run / "tokenizer" / "tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
+
+
+def test_preferences_are_learned_from_the_base_models_own_view(base: Path, tmp_path: Path, anarcho) -> None:
+    rows = [{"prompt": f"{n}?", "chosen": "whale", "rejected": "ship"} for n in range(40)]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "train.steps": 12,
+        "train.batch_tokens": 512,
+        "train.micro_batch": 4,
+        "train.eval_every": 0,
+        "optim.lr": 0.01,
+        "optim.adamw_lr": 0.01,
+        "data.validation_fraction": 0.3,
+        "sample.max_new_tokens": 2,
+    }
+    options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    common = ["preference", "--from", base, "--data", data, "--runs-dir", tmp_path / "runs"]
+    summary = json.loads(anarcho(*common, "--name", "dpo", *options, "--json").stdout)
+    assert summary["validation_measures"]["accuracy"] == 1
+    assert summary["validation_measures"]["margin"] > 0
+    run = Path(summary["run_directory"])
+    assert json.loads((run / "reference" / "reference.json").read_text())["complete"]
+    first = next(line for line in (run / "metrics.jsonl").read_text().splitlines() if '"train"' in line)
+    assert "kl" in json.loads(first)
+    free = json.loads(anarcho(*common, "--name", "free", *options, "--set", "preference.loss=simpo", "--json").stdout)
+    assert not (Path(free["run_directory"]) / "reference").exists(), "this loss needs none"
