@@ -16,7 +16,9 @@ from anarcho_cli.commands import (
     data,
     doctor,
     evaluate,
+    export,
     generate,
+    import_,
     pipeline,
     pretrain,
     sft,
@@ -39,6 +41,8 @@ app.command("pretrain")(pretrain.pretrain)
 app.command("sft")(sft.sft)
 app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)
+app.command("import")(import_.import_)
+app.command("export")(export.export)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(data.app, name="data")
 app.add_typer(checkpoint.app, name="checkpoint")
