@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from anarcho_model.generate.engine.torch import Request
     from anarcho_model.generate.sampling import SamplingConfig
-    from anarcho_tokenize import Message, Tokenizer
+    from anarcho_tokenize import Message
+    from anarcho_tokenize.loading import AnyTokenizer
 
     from anarcho_cli.writing import Writer
 
@@ -130,18 +131,16 @@ class Chat:
         )
 
 
-def role_token_ids(tokenizer: Tokenizer, *, vocab_size: int) -> tuple[int, ...]:
-    """The tokens that end an answer: `<|end|>`, end-of-text, and the beginning of anybody's message.
+def role_token_ids(tokenizer: AnyTokenizer, *, vocab_size: int) -> tuple[int, ...]:
+    """The tokens that end an answer: the end of a message, end-of-text, and the beginning of anybody's message.
 
     Raises ChatError where the model has no such tokens, because its tokenizer came without roles.
     """
-    from anarcho_tokenize.symbols import ASSISTANT, END, END_OF_TEXT, SYSTEM, USER
-
-    names = (END, END_OF_TEXT, SYSTEM, USER, ASSISTANT)
-    missing = [name for name in names if tokenizer.special_tokens[name] >= vocab_size]
-    if missing:
+    chat = tokenizer.chat_format
+    ids = () if chat is None else (chat.end, tokenizer.eot_id, *(header[0] for header in chat.headers.values()))
+    if not ids or max(ids) >= vocab_size:
         raise ChatError(
-            f"this model cannot chat: its vocabulary of {vocab_size} tokens lacks {', '.join(missing)}; expected a model that "
-            "was trained with a tokenizer of this project, fine-tuned on conversations"
+            f"this model cannot chat: among the {vocab_size} tokens of its vocabulary are none for roles; expected a model "
+            "that was fine-tuned on conversations, with a tokenizer of this project or one that has ChatML's tokens"
         )
-    return tuple(tokenizer.special_tokens[name] for name in names)
+    return tuple(dict.fromkeys(ids))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from anarcho_model.generate.engine.torch import Request
     from anarcho_model.generate.sampling import SamplingConfig
     from anarcho_model.torch import GPT
-    from anarcho_tokenize import Tokenizer
+    from anarcho_tokenize.loading import AnyTokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class Completion:
 class Writer:
     """Writes text with a model and its tokenizer."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: GPT, tokenizer: AnyTokenizer) -> None:
         self.model = model
         self.tokenizer = tokenizer
 
@@ -50,9 +50,9 @@ class Writer:
     def load(cls, directory: Path, *, device: str) -> Writer:
         """The writer for a Hugging Face model directory that holds its tokenizer; loads torch."""
         from anarcho_model.weights import load_pretrained
-        from anarcho_tokenize import Tokenizer
+        from anarcho_tokenize import load_tokenizer
 
-        tokenizer = Tokenizer.load(directory)
+        tokenizer = load_tokenizer(directory)
         return cls(load_pretrained(directory, device=device), tokenizer)
 
     def prompt_ids(self, prompt: str) -> list[int]:

@@ -13,7 +13,7 @@ from anarcho_cli.serving.worker import Worker
 if TYPE_CHECKING:
     from anarcho_model.generate.engine.torch import NewToken
     from anarcho_model.generate.sampling import SamplingConfig
-    from anarcho_tokenize import Tokenizer
+    from anarcho_tokenize.loading import AnyTokenizer
 
 
 class GenerationError(RuntimeError):
@@ -23,7 +23,7 @@ class GenerationError(RuntimeError):
 class Piece(NamedTuple):
     """A part of a choice's text."""
 
-    index: int
+    choice: int
     text: str
     new: NewToken | None
     finish: str | None
@@ -46,7 +46,7 @@ class Task:
 class Choice:
     """One text as its tokens come; what may be the beginning of a stop text is held back."""
 
-    def __init__(self, tokenizer: Tokenizer, *, stops: tuple[str, ...], continues: bool) -> None:
+    def __init__(self, tokenizer: AnyTokenizer, *, stops: tuple[str, ...], continues: bool) -> None:
         from anarcho_tokenize import StreamDecoder
 
         self.tokenizer, self.stops = tokenizer, stops
@@ -80,7 +80,7 @@ class Choice:
         return text[:keep]
 
 
-async def generate(worker: Worker, tokenizer: Tokenizer, task: Task) -> AsyncGenerator[Piece, None]:
+async def generate(worker: Worker, tokenizer: AnyTokenizer, task: Task) -> AsyncGenerator[Piece, None]:
     """The parts of all choices as they come; closing the generator cancels what is left.
 
     Raises GenerationError where the worker fails.

@@ -195,7 +195,7 @@ async def _answer(request: Request, service: Service, asked: Sampled, task: Task
         collecting.cancel()
     choices = []
     for index in range(len(task.prompts) * task.copies):
-        mine = [piece for piece in found if piece.index == index]
+        mine = [piece for piece in found if piece.choice == index]
         choices.append(form.choice(mine, index=index, tokenizer=service.writer.tokenizer, logprobs=_wanted(asked)))
     return JSONResponse({**head, "object": form.kind, "choices": choices, "usage": _usage(task, found)})
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from anarcho_cli.serving.answers import Piece
 
 if TYPE_CHECKING:
-    from anarcho_tokenize import Tokenizer
+    from anarcho_tokenize.loading import AnyTokenizer
 
 LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON lacks."""
 
-Logprobs = Callable[["Tokenizer", Sequence[Piece]], dict[str, Any]]
+Logprobs = Callable[["AnyTokenizer", Sequence[Piece]], dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class Form:
     """Fields of the first part of each choice, before any text."""
     logprobs_of: Logprobs
 
-    def choice(self, pieces: Sequence[Piece], *, index: int, tokenizer: Tokenizer, logprobs: bool) -> dict[str, Any]:
+    def choice(self, pieces: Sequence[Piece], *, index: int, tokenizer: AnyTokenizer, logprobs: bool) -> dict[str, Any]:
         """A whole choice."""
         text = "".join(piece.text for piece in pieces)
         return {
@@ -43,21 +43,21 @@ class Form:
             "finish_reason": pieces[-1].finish,
         }
 
-    def part(self, piece: Piece, *, tokenizer: Tokenizer, logprobs: bool) -> dict[str, Any]:
+    def part(self, piece: Piece, *, tokenizer: AnyTokenizer, logprobs: bool) -> dict[str, Any]:
         """A part of a choice."""
         return {
-            "index": piece.index,
+            "index": piece.choice,
             **self.partial(piece.text),
             "logprobs": self.logprobs_of(tokenizer, [piece]) if logprobs else None,
             "finish_reason": piece.finish,
         }
 
 
-def _spelled(tokenizer: Tokenizer, token: int) -> bytes:
+def _spelled(tokenizer: AnyTokenizer, token: int) -> bytes:
     return tokenizer.token_bytes(token) if token < tokenizer.vocab_size else b""
 
 
-def _entry(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
+def _entry(tokenizer: AnyTokenizer, token: int, logprob: float) -> dict[str, Any]:
     raw = _spelled(tokenizer, token)
     return {"token": raw.decode("utf-8", errors="replace"), "logprob": _finite(logprob), "bytes": list(raw)}
 
@@ -66,7 +66,7 @@ def _finite(logprob: float) -> float:
     return logprob if math.isfinite(logprob) else LEAST_LOGPROB
 
 
-def _chat_logprobs(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> dict[str, Any]:
+def _chat_logprobs(tokenizer: AnyTokenizer, pieces: Sequence[Piece]) -> dict[str, Any]:
     content = []
     for new in (piece.new for piece in pieces if piece.new is not None):
         top = [_entry(tokenizer, token, logprob) for token, logprob in new.top]
@@ -74,7 +74,7 @@ def _chat_logprobs(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> dict[str, A
     return {"content": content}
 
 
-def _text_logprobs(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> dict[str, Any]:
+def _text_logprobs(tokenizer: AnyTokenizer, pieces: Sequence[Piece]) -> dict[str, Any]:
     new = [piece.new for piece in pieces if piece.new is not None]
     tokens = [_spelled(tokenizer, item.token).decode("utf-8", errors="replace") for item in new]
     top = [
