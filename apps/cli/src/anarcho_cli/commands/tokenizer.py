@@ -13,7 +13,7 @@ import typer
 from anarcho_cli.commands.config import FileOption, JsonOption, SetOption
 
 if TYPE_CHECKING:
-    from anarcho_tokenize import Tokenizer, TokenizerReport
+    from anarcho_tokenize import AnyTokenizer, TokenizerReport
 
 app = typer.Typer(help="Train a tokenizer, take one over, or look into some.", no_args_is_help=True)
 
@@ -99,12 +99,12 @@ def inspect(
 
     Tokens for each word are counted by script. Pieces that never occur in the text are of no use for it.
     """
-    from anarcho_tokenize import DataConfig, Tokenizer, read_texts
+    from anarcho_tokenize import DataConfig, load_tokenizer, read_texts
     from anarcho_tokenize.inspect import compare_tokenizers
 
     from anarcho_cli.output import note, print_json, print_table
 
-    tokenizers = {str(path): Tokenizer.load(path) for path in paths}
+    tokenizers = {str(path): load_tokenizer(path) for path in paths}
     documents = [] if source is None else read_texts(DataConfig(source=source), notify=note)
     reports = compare_tokenizers(tokenizers, _first_bytes(documents, source_bytes))
     if json:
@@ -122,7 +122,7 @@ def inspect(
         print_table(["#id", "piece"], pieces, title=f"{path}: {len(pieces)} tokens")
 
 
-def _write(tokenizer: Tokenizer, out: Path, *, json: bool) -> None:
+def _write(tokenizer: AnyTokenizer, out: Path, *, json: bool) -> None:
     """Save a tokenizer so that its directory appears with all its files or not at all."""
     from anarcho_cli.output import note, print_json
 
