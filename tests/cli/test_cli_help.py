@@ -16,6 +16,7 @@ from anarcho_cli.main import app
 from typer.main import get_command
 
 COMMANDS = [
+    "chat",
     "checkpoint list",
     "checkpoint verify",
     "config presets",
@@ -29,7 +30,9 @@ COMMANDS = [
     "generate",
     "import",
     "pipeline run",
+    "preference",
     "pretrain",
+    "serve",
     "sft",
     "tokenizer import",
     "tokenizer inspect",

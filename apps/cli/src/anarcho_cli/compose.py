@@ -33,11 +33,12 @@ from anarcho_monitor import (
 )
 from anarcho_optim import schedules
 from anarcho_tokenize import (
+    AnyTokenizer,
     Message,
     NetworkError,
     StreamDecoder,
-    Tokenizer,
     encode_chat,
+    load_tokenizer,
     read_texts,
     train_tokenizer,
 )
@@ -166,7 +167,7 @@ def _create_run(run_directory: Path, config: RunConfig, tokenizer_path: Path | N
         environment = {**system_facts(), "processor": processor_facts()}
         (staging / ENVIRONMENT_FILE).write_text(json.dumps(environment, indent=1) + "\n", encoding="utf-8")
         if tokenizer_path is not None:
-            Tokenizer.load(tokenizer_path).save(staging / TOKENIZER)
+            load_tokenizer(tokenizer_path).save(staging / TOKENIZER)
         if base is not None:
             _keep_base(base, staging / BASE)
         staging.rename(run_directory)
@@ -206,7 +207,7 @@ def _prepare_tokenizer(run_directory: Path, config: RunConfig) -> None:
 
 
 def _train(run_directory: Path, config: RunConfig, data: RunData, *, device: str, started: float) -> RunSummary:
-    tokenizer = Tokenizer.load(run_directory / TOKENIZER)
+    tokenizer = load_tokenizer(run_directory / TOKENIZER)
     _require_prompt(config, tokenizer)
     base = run_directory / BASE
     step = _make_step(config, tokenizer, base, device=device)
@@ -230,7 +231,7 @@ def _train(run_directory: Path, config: RunConfig, data: RunData, *, device: str
     return _summary(run_directory, result, sample, seconds=time.monotonic() - started)
 
 
-def _require_prompt(config: RunConfig, tokenizer: Tokenizer) -> None:
+def _require_prompt(config: RunConfig, tokenizer: AnyTokenizer) -> None:
     """The sample's prompt must leave room in the context, or the run would fail at its very end."""
     length = len(_sample_prompt(config, tokenizer))
     if length >= config.model.context_length:
@@ -240,7 +241,7 @@ def _require_prompt(config: RunConfig, tokenizer: Tokenizer) -> None:
         )
 
 
-def _make_step(config: RunConfig, tokenizer: Tokenizer, base: Path, *, device: str) -> TorchStep:
+def _make_step(config: RunConfig, tokenizer: AnyTokenizer, base: Path, *, device: str) -> TorchStep:
     """The model on its device, its optimizer, and the training step over both; loads torch."""
     from anarcho_model.torch import GPT
     from anarcho_model.weights import load_weights, save_pretrained
@@ -283,7 +284,7 @@ def _make_loop(
     data: RunData,
     step: TorchStep,
     sink: Sinks,
-    tokenizer: Tokenizer,
+    tokenizer: AnyTokenizer,
     *,
     device: str,
 ) -> Loop:
@@ -370,14 +371,14 @@ def _require_same_run(loop: Loop, checkpoint: Path) -> None:
             )
 
 
-def _sample_prompt(config: RunConfig, tokenizer: Tokenizer) -> list[int]:
+def _sample_prompt(config: RunConfig, tokenizer: AnyTokenizer) -> list[int]:
     """The beginning of a document, or of a conversation in which the prompt is the user's."""
     if config.data.kind == "text":
         return [tokenizer.eot_id, *tokenizer.encode(config.sample.prompt)]
     return encode_chat(tokenizer, [Message("user", config.sample.prompt)], add_generation_prompt=True)
 
 
-def _sample(config: RunConfig, step: TorchStep, tokenizer: Tokenizer) -> str:
+def _sample(config: RunConfig, step: TorchStep, tokenizer: AnyTokenizer) -> str:
     """The prompt of the configuration, and what the trained model makes of it."""
     from anarcho_model.generate.torch import generate
     from anarcho_model.torch import GPT

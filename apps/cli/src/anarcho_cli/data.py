@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from anarcho_tokenize import (
+    AnyTokenizer,
     BucketBatches,
     PackedBatches,
     Producer,
     SequentialBatches,
     SequentialBucketBatches,
     StreamedBatches,
-    Tokenizer,
     TokenShards,
+    load_tokenizer,
     prepare_shards,
 )
 from anarcho_train.loop import TrainingBatches, ValidationBatches
@@ -54,7 +55,7 @@ def open_run_data(config: RunConfig, tokenizer_directory: Path, directory: Path)
 
     Raises the ValueError or OSError of a source that cannot be read.
     """
-    tokenizer = Tokenizer.load(tokenizer_directory)
+    tokenizer = load_tokenizer(tokenizer_directory)
     if config.data.streams:
         with ExitStack() as stack:
             producer = Producer(config.data, tokenizer_directory, directory, notify=note)
@@ -65,7 +66,7 @@ def open_run_data(config: RunConfig, tokenizer_directory: Path, directory: Path)
     yield _prepared(config, directory, tokenizer)
 
 
-def prepare(config: RunConfig, tokenizer: Tokenizer, directory: Path) -> None:
+def prepare(config: RunConfig, tokenizer: AnyTokenizer, directory: Path) -> None:
     """Write all shards, or those that an interrupted attempt left to do."""
     with PreparationProgress() as progress:
         report = prepare_shards(config.data, tokenizer, directory, on_progress=progress.show, notify=note)
@@ -74,7 +75,7 @@ def prepare(config: RunConfig, tokenizer: Tokenizer, directory: Path) -> None:
             note(line)
 
 
-def _prepared(config: RunConfig, directory: Path, tokenizer: Tokenizer) -> RunData:
+def _prepared(config: RunConfig, directory: Path, tokenizer: AnyTokenizer) -> RunData:
     train, validation = (_open(directory / part, tokenizer) for part in ("train", "validation"))
     for shards in (train, validation):
         shards.verify()
@@ -92,7 +93,7 @@ def _prepared(config: RunConfig, directory: Path, tokenizer: Tokenizer) -> RunDa
     )
 
 
-def _streamed(config: RunConfig, directory: Path, tokenizer: Tokenizer, producer: Producer) -> RunData:
+def _streamed(config: RunConfig, directory: Path, tokenizer: AnyTokenizer, producer: Producer) -> RunData:
     """Waits for what there must be before the first step: the validation part, and the index of the training part."""
     note("reading the beginning of the stream")
     train = _await(directory / "train", tokenizer, producer, complete=False)
@@ -110,7 +111,7 @@ def _streamed(config: RunConfig, directory: Path, tokenizer: Tokenizer, producer
     )
 
 
-def _await(part: Path, tokenizer: Tokenizer, producer: Producer, *, complete: bool) -> TokenShards:
+def _await(part: Path, tokenizer: AnyTokenizer, producer: Producer, *, complete: bool) -> TokenShards:
     while not (part / "index.json").is_file():
         producer.check()
         time.sleep(_POLL_SECONDS)
@@ -122,7 +123,7 @@ def _await(part: Path, tokenizer: Tokenizer, producer: Producer, *, complete: bo
     return shards
 
 
-def _open(part: Path, tokenizer: Tokenizer, *, growing: bool = False) -> TokenShards:
+def _open(part: Path, tokenizer: AnyTokenizer, *, growing: bool = False) -> TokenShards:
     shards = TokenShards.open(part, growing=growing)
     if shards.tokenizer_sha256 != tokenizer.sha256:
         raise ValueError(

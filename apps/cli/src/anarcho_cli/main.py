@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from anarcho_cli.commands import (
+    chat,
     checkpoint,
     config,
     data,
@@ -21,8 +22,9 @@ from anarcho_cli.commands import (
     import_,
     pipeline,
     pretrain,
-    sft,
+    serve,
     tokenizer,
+    tune,
 )
 from anarcho_cli.errors import CommandGroup
 
@@ -38,8 +40,11 @@ app = typer.Typer(
 )
 
 app.command("pretrain")(pretrain.pretrain)
-app.command("sft")(sft.sft)
+app.command("sft")(tune.sft)
+app.command("preference")(tune.preference)
 app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
+app.command("serve")(serve.serve)
 app.command("eval")(evaluate.evaluate)
 app.command("import")(import_.import_)
 app.command("export")(export.export)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
-from anarcho_tokenize import Batch, PackedBatches, Tokenizer, TokenShards
+from anarcho_tokenize import AnyTokenizer, Batch, PackedBatches, TokenShards
 from rich.console import Console
 from rich.text import Text
 
@@ -36,7 +36,7 @@ def runs_of(batch: Batch, row: int, *, pad_id: int) -> Iterator[Run]:
 
 
 def print_samples(
-    shards: TokenShards, tokenizer: Tokenizer, *, count: int, length: int, packing: str | None, seed: int
+    shards: TokenShards, tokenizer: AnyTokenizer, *, count: int, length: int, packing: str | None, seed: int
 ) -> None:
     """Print sequences in the order of training; on a terminal in colours, elsewhere with marks of its own."""
     chosen = packing or ("concat" if shards.kind == "text" else "best-fit")
@@ -55,7 +55,7 @@ def print_samples(
         console.print()
 
 
-def _texts(batch: Batch, row: int, tokenizer: Tokenizer, *, colours: bool) -> Iterator[Text]:
+def _texts(batch: Batch, row: int, tokenizer: AnyTokenizer, *, colours: bool) -> Iterator[Text]:
     last = 0
     for run in runs_of(batch, row, pad_id=tokenizer.pad_id):
         if run.segment != last:

@@ -63,23 +63,23 @@ class BucketBatches:
         self.fill = self._buckets.fill
         """Share of the slots of an epoch that are not padding."""
 
-    def batch(self, first: int, count: int = 1) -> Batch:
-        """This rank's rows of the global batch `first`, counted from 0 over all epochs; `count` is 1, as batches differ in shape."""
-        if first < 0 or count != 1:
-            raise ShardError(f"{count} batches from {first} on were asked for; expected one, from 0 on.")
-        epoch, cursor = divmod(first, self.num_batches)
+    def batch(self, first_sample: int, count: int = 1) -> Batch:
+        """This rank's rows of the global batch `first_sample`, counted from 0 over all epochs; `count` is 1, as batches differ in shape."""
+        if first_sample < 0 or count != 1:
+            raise ShardError(f"{count} batches from {first_sample} on were asked for; expected one, from 0 on.")
+        epoch, cursor = divmod(first_sample, self.num_batches)
         number = int(Permutation(self.num_batches, seed=self._seed(0), epoch=epoch)(cursor))
         bucket, places = self._buckets.places(number)
         size = self._buckets.size(bucket)
         shuffled = Permutation(size, seed=self._seed(1 + bucket), epoch=epoch)(places)
         return self._buckets.batch(bucket, shuffled)
 
-    def position(self, number: int) -> dict[str, int]:
+    def position(self, sample: int) -> dict[str, int]:
         """Where in which epoch a batch is."""
-        epoch, cursor = divmod(number, self.num_batches)
+        epoch, cursor = divmod(sample, self.num_batches)
         return {"epoch": epoch, "cursor": cursor}
 
-    def state(self, first: int, count: int) -> Literal["ready"]:
+    def state(self, first_sample: int, count: int) -> Literal["ready"]:
         """All batches are there, since only complete shards are taken."""
         return "ready"
 

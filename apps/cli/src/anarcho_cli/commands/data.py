@@ -11,7 +11,7 @@ import typer
 from anarcho_cli.commands.config import FileOption, JsonOption, SetOption
 
 if TYPE_CHECKING:
-    from anarcho_tokenize import ShardsReport, Tokenizer
+    from anarcho_tokenize import AnyTokenizer, ShardsReport
 
 app = typer.Typer(help="Turn text into token shards, or look into shards.", no_args_is_help=True)
 
@@ -49,10 +49,10 @@ def prepare(
     )
     settings = resolve(preset=None, file=file, overrides=overrides or [], options=[layer]).data
 
-    from anarcho_tokenize import Tokenizer, prepare_shards
+    from anarcho_tokenize import load_tokenizer, prepare_shards
 
     with PreparationProgress() as progress:
-        report = prepare_shards(settings, Tokenizer.load(tokenizer), out, on_progress=progress.show, notify=note)
+        report = prepare_shards(settings, load_tokenizer(tokenizer), out, on_progress=progress.show, notify=note)
     for line in progress.summary(report):
         note(line)
     if report.quarantined:
@@ -107,15 +107,17 @@ def inspect(
         _show_samples(root, decoder, count=samples, length=length, packing=packing, seed=seed)
 
 
-def _tokenizer(path: Path, given: Path | None) -> Tokenizer | None:
-    from anarcho_tokenize import Tokenizer
+def _tokenizer(path: Path, given: Path | None) -> AnyTokenizer | None:
+    from anarcho_tokenize import load_tokenizer
 
     own = path / "tokenizer"
     directory = given or (own if own.is_dir() else None)
-    return None if directory is None else Tokenizer.load(directory)
+    return None if directory is None else load_tokenizer(directory)
 
 
-def _show_samples(root: Path, tokenizer: Tokenizer, *, count: int, length: int, packing: str | None, seed: int) -> None:
+def _show_samples(
+    root: Path, tokenizer: AnyTokenizer, *, count: int, length: int, packing: str | None, seed: int
+) -> None:
     from anarcho_tokenize import TokenShards
 
     from anarcho_cli.sample_view import print_samples
@@ -130,7 +132,7 @@ def _folders(root: Path) -> list[Path]:
     return [root / name for name in ("train", "validation") if (root / name).is_dir()] or [root]
 
 
-def _reports(root: Path, *, tokenizer: Tokenizer | None = None, verify: bool = False) -> dict[str, ShardsReport]:
+def _reports(root: Path, *, tokenizer: AnyTokenizer | None = None, verify: bool = False) -> dict[str, ShardsReport]:
     """Name of a split -> what its shards hold."""
     from anarcho_tokenize import TokenShards, inspect_shards
 

@@ -88,8 +88,8 @@ def _configuration(
 
     options = [] if data is None else [Layer(origin="--data", sections={"data": {"source": data}})]
     if tokenizer is not None:
-        from anarcho_tokenize import Tokenizer
+        from anarcho_tokenize import load_tokenizer
 
-        size = Tokenizer.load(tokenizer).vocab_size
+        size = load_tokenizer(tokenizer).vocab_size
         options.append(Layer(origin=f"--tokenizer {tokenizer}", sections={"tokenizer": {"vocab_size": size}}))
     return resolve(preset=preset, file=file, overrides=overrides, options=options)

@@ -98,14 +98,14 @@ def configuration(
 ) -> "RunConfig":
     """The run's configuration, whose model and vocabulary are those of the base model's directory."""
     from anarcho_model.directory import load_config
-    from anarcho_tokenize import Tokenizer
+    from anarcho_tokenize import load_tokenizer
 
     from anarcho_cli.config import resolve, section_values
     from anarcho_cli.layers import Layer
 
     sections = {
         "model": section_values(load_config(model)),
-        "tokenizer": {"vocab_size": Tokenizer.load(model).vocab_size},
+        "tokenizer": {"vocab_size": load_tokenizer(model).vocab_size},
     }
     options = [Layer(origin=f"--from {model}", sections=sections)]
     options += [] if data is None else [Layer(origin="--data", sections={"data": {"source": data}})]

@@ -23,7 +23,7 @@ from anarcho_cli.evaluation.subject import Subject
 from anarcho_cli.evaluation.tasks import LAST_WORD, MULTIPLE_CHOICE, PREFERENCE, LastWord, Question, Task
 
 if TYPE_CHECKING:
-    from anarcho_tokenize import Message, Preference, Tokenizer
+    from anarcho_tokenize import AnyTokenizer, Message, Preference
 
 _BETWEEN = "\n\n"
 
@@ -46,7 +46,7 @@ def evaluate_task(subject: Subject, task: Task, *, as_chat: bool = False) -> Eva
     )
 
 
-def _question_requests(tokenizer: Tokenizer, task: Task, as_chat: bool) -> Iterator[Request]:
+def _question_requests(tokenizer: AnyTokenizer, task: Task, as_chat: bool) -> Iterator[Request]:
     from anarcho_tokenize import Message
 
     shots: Sequence[Question] = task.shots
@@ -76,7 +76,7 @@ def _question_measures(task: Task, scores: Sequence[Score]) -> dict[str, Estimat
     return {"accuracy": mean(right), "accuracy_per_byte": mean(right_per_byte)}
 
 
-def _last_word_requests(tokenizer: Tokenizer, task: Task, as_chat: bool) -> Iterator[Request]:
+def _last_word_requests(tokenizer: AnyTokenizer, task: Task, as_chat: bool) -> Iterator[Request]:
     del as_chat  # a text goes on as a text
     shots: Sequence[LastWord] = task.shots
     shown = "".join(shot.context + shot.word + _BETWEEN for shot in shots)
@@ -92,7 +92,7 @@ def _last_word_measures(task: Task, scores: Sequence[Score]) -> dict[str, Estima
     }
 
 
-def _preference_requests(tokenizer: Tokenizer, task: Task, as_chat: bool) -> Iterator[Request]:
+def _preference_requests(tokenizer: AnyTokenizer, task: Task, as_chat: bool) -> Iterator[Request]:
     for pair in task.items:
         for answer in (pair.chosen, pair.rejected):
             if as_chat:
@@ -131,7 +131,7 @@ def _likeliest(values: Sequence[float]) -> int:
     return max(range(len(values)), key=values.__getitem__)
 
 
-_Requests = Callable[["Tokenizer", Task, bool], Iterator[Request]]
+_Requests = Callable[["AnyTokenizer", Task, bool], Iterator[Request]]
 _Measure = Callable[[Task, Sequence[Score]], dict[str, Estimate]]
 _KINDS: Mapping[str, tuple[_Requests, _Measure]] = {
     MULTIPLE_CHOICE: (_question_requests, _question_measures),

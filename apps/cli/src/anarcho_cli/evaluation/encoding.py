@@ -19,16 +19,16 @@ from anarcho_cli.evaluation.errors import EvaluationError
 from anarcho_cli.evaluation.scoring import Request
 
 if TYPE_CHECKING:
-    from anarcho_tokenize import Message, Tokenizer
+    from anarcho_tokenize import AnyTokenizer, Message
 
 
-def encode_document(tokenizer: Tokenizer, text: str) -> Request:
+def encode_document(tokenizer: AnyTokenizer, text: str) -> Request:
     """All tokens of a text are predicted."""
     ids = tokenizer.encode_array(text)
     return Request(tokens=np.concatenate([np.array([tokenizer.eot_id], dtype=np.int32), ids]), first_target=1)
 
 
-def encode_continuation(tokenizer: Tokenizer, context: str, continuation: str) -> Request:
+def encode_continuation(tokenizer: AnyTokenizer, context: str, continuation: str) -> Request:
     """The continuation's tokens are predicted; white space at the end of the context counts as the continuation's.
 
     Raises EvaluationError where it has no tokens.
@@ -42,7 +42,7 @@ def encode_continuation(tokenizer: Tokenizer, context: str, continuation: str) -
     return Request(tokens=np.array([tokenizer.eot_id, *whole], dtype=np.int32), first_target=1 + shared)
 
 
-def encode_answer(tokenizer: Tokenizer, prompt: Sequence[Message], answer: Sequence[Message]) -> Request:
+def encode_answer(tokenizer: AnyTokenizer, prompt: Sequence[Message], answer: Sequence[Message]) -> Request:
     """The tokens of an answer that training would count are predicted, which are those of the assistant's messages in it."""
     from anarcho_tokenize import encode_conversation
 
