@@ -8,6 +8,7 @@ import lzma
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from anarcho_tokenize import DataConfig, SourceError, embedded_documents, lines, read_documents, unpacking
@@ -234,8 +235,8 @@ def test_plain_text_is_refused_for_rows_and_for_filters_of_keys(tmp_path: Path) 
         check_source(DataConfig(source=str(tmp_path), kind="chat"))
     with pytest.raises(SourceError, match=r"a\.txt is plain text without the key that a filter looks at"):
         check_source(DataConfig(source=str(tmp_path), min_score=0.5))
-    with pytest.raises(SourceError, match=r"embedded is plain text"):
-        check_source(DataConfig(kind="preference"))
+    with pytest.raises(SourceError, match=r"embedded is plain text without the key"):
+        check_source(DataConfig(min_score=0.5))
     [bad] = Examples(DataConfig(source=str(tmp_path), kind="chat"))
     assert isinstance(bad, BadRow)
 
@@ -245,6 +246,15 @@ def test_sources_that_can_be_read_pass_the_check(tmp_path: Path) -> None:
     write_parquet(tmp_path / "b.parquet", {"text": ["x"]})
     check_source(DataConfig())
     check_source(DataConfig(source=str(tmp_path), kind="chat"))
+
+
+@pytest.mark.parametrize(("kind", "count"), [("chat", 4000), ("preference", 3000)])
+def test_embedded_rows_are_of_the_kind_that_is_asked_for(kind: Literal["chat", "preference"], count: int) -> None:
+    config = DataConfig(kind=kind)
+    check_source(config)
+    rows = list(Examples(config))
+    assert len(rows) == count
+    assert all(isinstance(row, Example) for row in rows)
 
 
 @pytest.mark.parametrize(
