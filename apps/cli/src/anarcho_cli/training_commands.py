@@ -1,17 +1,41 @@
-"""What the commands that train have in common: refusing, resuming, and reporting how a run ended."""
+"""What the commands that train have in common: their options, refusing, resuming, and starting a run and reporting how it ended."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anarcho_cli.devices import Device
+from anarcho_cli.devices import Backend, Device
 
 if TYPE_CHECKING:
     from anarcho_cli.compose import RunSummary
     from anarcho_cli.config import RunConfig
+
+
+PresetOption = Annotated[
+    str, typer.Option("--preset", help="Preset to start from; `anarcho config presets` lists them.")
+]
+FileOption = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file over the preset.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: --set train.steps=100.")
+]
+NameOption = Annotated[str | None, typer.Option("--name", help="Name of the run; left out, preset and time.")]
+RunsDirOption = Annotated[Path, typer.Option("--runs-dir", help="Where runs are kept.")]
+DeviceOption = Annotated[
+    Device,
+    typer.Option("--device", help="auto is the Apple GPU where there is one, else the CPU; resuming, as before."),
+]
+BackendOption = Annotated[Backend, typer.Option("--backend", help="Framework that computes.")]
+ResumeOption = Annotated[
+    Path | None,
+    typer.Option("--resume", metavar="RUN", help="Continue this run; only --device and --json go along."),
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Print configuration, size, memory and FLOPs of the run, and stop.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print a summary object instead of the run directory.")]
 
 
 def refuse_with_resume(ctx: typer.Context) -> None:
@@ -55,16 +79,46 @@ def print_plan(config: RunConfig, *, device: Device, json: bool) -> None:
     print("\n".join(plan.lines()))
 
 
-def resume_run(path: Path, *, device: Device, is_device_given: bool, json: bool) -> None:
-    """Continue a run, on the device that it ran on before unless one is given."""
+def resume_run(ctx: typer.Context, path: Path, *, device: Device, json: bool) -> None:
+    """Continue a run, on the device that it ran on before unless one is given; refuses all other options."""
     from anarcho_cli.runs import existing_run, recorded_device
 
+    refuse_with_resume(ctx)
     run = existing_run(path)
-    resolved = chosen_device(device if is_device_given else Device(recorded_device(run) or device))
+    resolved = chosen_device(device if given(ctx, "device") else Device(recorded_device(run) or device))
 
     from anarcho_cli import compose
 
     finish(compose.resume(run, device=resolved), json=json)
+
+
+def start_run(
+    config: RunConfig,
+    *,
+    kind: str,
+    runs_dir: Path,
+    name: str | None,
+    preset: str,
+    device: Device,
+    dry_run: bool,
+    json: bool,
+    tokenizer: Path | None = None,
+    base: Path | None = None,
+) -> None:
+    """Train a new run on rows of a kind, or with ``dry_run`` say what it would cost."""
+    from anarcho_cli.runs import new_run_directory
+
+    directory = new_run_directory(runs_dir, name, preset=preset)
+    require_source(config, kind=kind)
+    if dry_run:
+        print_plan(config, device=device, json=json)
+        return
+
+    from anarcho_cli import compose
+
+    resolved = chosen_device(device)
+    summary = compose.train(config, run_directory=directory, device=resolved, tokenizer_path=tokenizer, base=base)
+    finish(summary, json=json)
 
 
 def chosen_device(device: Device) -> str:

@@ -9,13 +9,18 @@ import typer
 
 from anarcho_cli.devices import Backend, Device
 from anarcho_cli.training_commands import (
-    chosen_device,
-    finish,
-    given,
-    print_plan,
-    refuse_with_resume,
-    require_source,
+    BackendOption,
+    DeviceOption,
+    DryRunOption,
+    FileOption,
+    JsonOption,
+    NameOption,
+    PresetOption,
+    ResumeOption,
+    RunsDirOption,
+    SetOption,
     resume_run,
+    start_run,
 )
 
 if TYPE_CHECKING:
@@ -24,15 +29,11 @@ if TYPE_CHECKING:
 
 def pretrain(
     ctx: typer.Context,
-    preset: Annotated[
-        str, typer.Option("--preset", help="Preset to start from; `anarcho config presets` lists them.")
-    ] = "quickstart",
-    file: Annotated[Path | None, typer.Option("--config", "-c", help="TOML file over the preset.")] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: --set train.steps=100.")
-    ] = None,
-    name: Annotated[str | None, typer.Option("--name", help="Name of the run; left out, preset and time.")] = None,
-    runs_dir: Annotated[Path, typer.Option("--runs-dir", help="Where runs are kept.")] = Path("runs"),
+    preset: PresetOption = "quickstart",
+    file: FileOption = None,
+    overrides: SetOption = None,
+    name: NameOption = None,
+    runs_dir: RunsDirOption = Path("runs"),
     data: Annotated[
         str | None,
         typer.Option("--data", metavar="SPEC", help="Text: a file, glob, directory, or `embedded`; sets data.source."),
@@ -40,19 +41,11 @@ def pretrain(
     tokenizer: Annotated[
         Path | None, typer.Option("--tokenizer", help="Trained tokenizer to use; left out, one is trained on the text.")
     ] = None,
-    device: Annotated[
-        Device,
-        typer.Option("--device", help="auto is the Apple GPU where there is one, else the CPU; resuming, as before."),
-    ] = Device.auto,
-    backend: Annotated[Backend, typer.Option("--backend", help="Framework that computes.")] = Backend.torch,
-    resume: Annotated[
-        Path | None,
-        typer.Option("--resume", metavar="RUN", help="Continue this run; only --device and --json go along."),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print configuration, size, memory and FLOPs of the run, and stop.")
-    ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print a summary object instead of the run directory.")] = False,
+    device: DeviceOption = Device.auto,
+    backend: BackendOption = Backend.torch,
+    resume: ResumeOption = None,
+    dry_run: DryRunOption = False,
+    json: JsonOption = False,
 ) -> None:
     """Train a model from raw text.
 
@@ -60,23 +53,19 @@ def pretrain(
     of standard output is the run directory.
     """
     if resume is not None:
-        refuse_with_resume(ctx)
-        resume_run(resume, device=device, is_device_given=given(ctx, "device"), json=json)
+        resume_run(ctx, resume, device=device, json=json)
         return
-    config = _configuration(preset=preset, file=file, overrides=overrides or [], data=data, tokenizer=tokenizer)
-
-    from anarcho_cli.runs import new_run_directory
-
-    directory = new_run_directory(runs_dir, name, preset=preset)
-    require_source(config, kind="text")
-    if dry_run:
-        print_plan(config, device=device, json=json)
-        return
-
-    from anarcho_cli import compose
-
-    resolved = chosen_device(device)
-    finish(compose.train(config, run_directory=directory, device=resolved, tokenizer_path=tokenizer), json=json)
+    start_run(
+        _configuration(preset=preset, file=file, overrides=overrides or [], data=data, tokenizer=tokenizer),
+        kind="text",
+        runs_dir=runs_dir,
+        name=name,
+        preset=preset,
+        device=device,
+        dry_run=dry_run,
+        json=json,
+        tokenizer=tokenizer,
+    )
 
 
 def _configuration(

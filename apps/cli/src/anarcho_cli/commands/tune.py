@@ -8,13 +8,18 @@ import typer
 
 from anarcho_cli.devices import Backend, Device
 from anarcho_cli.training_commands import (
-    chosen_device,
-    finish,
-    given,
-    print_plan,
-    refuse_with_resume,
-    require_source,
+    BackendOption,
+    DeviceOption,
+    DryRunOption,
+    FileOption,
+    JsonOption,
+    NameOption,
+    PresetOption,
+    ResumeOption,
+    RunsDirOption,
+    SetOption,
     resume_run,
+    start_run,
 )
 
 if TYPE_CHECKING:
@@ -37,57 +42,37 @@ def tuning_command(kind: str, *, preset: str, doc: str) -> Callable[..., None]:
                 "--data", metavar="SPEC", help="Conversations: a file, glob, directory, `hf://name` or `embedded`."
             ),
         ] = None,
-        preset: Annotated[
-            str, typer.Option("--preset", help="Preset to start from; `anarcho config presets` lists them.")
-        ] = default_preset,
-        file: Annotated[Path | None, typer.Option("--config", "-c", help="TOML file over the preset.")] = None,
-        overrides: Annotated[
-            list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: --set train.steps=100.")
-        ] = None,
-        name: Annotated[str | None, typer.Option("--name", help="Name of the run; left out, preset and time.")] = None,
-        runs_dir: Annotated[Path, typer.Option("--runs-dir", help="Where runs are kept.")] = Path("runs"),
-        device: Annotated[
-            Device,
-            typer.Option(
-                "--device", help="auto is the Apple GPU where there is one, else the CPU; resuming, as before."
-            ),
-        ] = Device.auto,
-        backend: Annotated[Backend, typer.Option("--backend", help="Framework that computes.")] = Backend.torch,
-        resume: Annotated[
-            Path | None,
-            typer.Option("--resume", metavar="RUN", help="Continue this run; only --device and --json go along."),
-        ] = None,
-        dry_run: Annotated[
-            bool, typer.Option("--dry-run", help="Print configuration, size, memory and FLOPs of the run, and stop.")
-        ] = False,
-        json: Annotated[
-            bool, typer.Option("--json", help="Print a summary object instead of the run directory.")
-        ] = False,
+        preset: PresetOption = default_preset,
+        file: FileOption = None,
+        overrides: SetOption = None,
+        name: NameOption = None,
+        runs_dir: RunsDirOption = Path("runs"),
+        device: DeviceOption = Device.auto,
+        backend: BackendOption = Backend.torch,
+        resume: ResumeOption = None,
+        dry_run: DryRunOption = False,
+        json: JsonOption = False,
     ) -> None:
         if resume is not None:
-            refuse_with_resume(ctx)
-            resume_run(resume, device=device, is_device_given=given(ctx, "device"), json=json)
+            resume_run(ctx, resume, device=device, json=json)
             return
         from anarcho_cli.models import ModelNotFoundError, find_model
 
         if base is None:
             raise ModelNotFoundError("--from is missing; expected the run, checkpoint or model directory to tune")
         model = find_model(base)
-        config = configuration(model, preset=preset, file=file, overrides=overrides or [], data=data)
-
-        from anarcho_cli.runs import new_run_directory
-
-        directory = new_run_directory(runs_dir, name, preset=preset)
-        require_source(config, kind=kind)
-        if dry_run:
-            print_plan(config, device=device, json=json)
-            return
-
-        from anarcho_cli import compose
-
-        resolved = chosen_device(device)
-        summary = compose.train(config, run_directory=directory, device=resolved, tokenizer_path=model, base=model)
-        finish(summary, json=json)
+        start_run(
+            configuration(model, preset=preset, file=file, overrides=overrides or [], data=data),
+            kind=kind,
+            runs_dir=runs_dir,
+            name=name,
+            preset=preset,
+            device=device,
+            dry_run=dry_run,
+            json=json,
+            tokenizer=model,
+            base=model,
+        )
 
     tune.__doc__ = doc
     return tune
