@@ -33,7 +33,7 @@ INSTANTS = {
     "before the first step": (STEP, "train", 1),
     "between the gradient and the update": ("__import__('anarcho_optim.torch').torch.MuonAdamW", "step", 2),
     "inside the write of a checkpoint": ("anarcho_train.checkpoint", "_describe", 3),
-    "before a checkpoint takes its name": ("anarcho_train.checkpoint", "_fsync", 4),
+    "before a checkpoint takes its name": ("anarcho_train.checkpoint", "sync", 4),
     "in an evaluation": (STEP, "evaluate", 2),
     "after the last step": (LOOP, "_evaluate", 2),
 }
@@ -130,7 +130,7 @@ def test_a_tuning_run_killed_in_the_reference_a_step_and_a_checkpoint_ends_bitwi
     begin += settings(TUNING | {"data.validation_fraction": 0.2})
     whole = tmp_path / anarcho(*begin, "--name", "whole", cwd=tmp_path).stdout.strip()
     run = tmp_path / "runs" / "killed"
-    instants = [(STEP, "train", 2), ("anarcho_train.checkpoint", "_fsync", 4)]
+    instants = [(STEP, "train", 2), ("anarcho_train.checkpoint", "sync", 4)]
     if command == "preference":
         instants.insert(0, (STEP, "answer_logprobs", 3))
     for number, instant in enumerate(instants):

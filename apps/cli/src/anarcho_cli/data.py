@@ -22,7 +22,7 @@ from anarcho_tokenize import (
     load_tokenizer,
     prepare_shards,
 )
-from anarcho_train.loop import TrainingBatches, ValidationBatches
+from anarcho_train.interfaces import TrainingBatches, ValidationBatches
 
 from anarcho_cli.config import RunConfig
 from anarcho_cli.output import note

@@ -5,10 +5,11 @@
 
 from anarcho_train.checkpoint import CheckpointError, CheckpointInfo, CheckpointStore, lock_run
 from anarcho_train.config import PreferenceConfig, TrainConfig
-from anarcho_train.loop import Loop, TrainingDiverged, TrainResult, evaluate
+from anarcho_train.loop import Loop, TrainingDiverged, TrainResult
 from anarcho_train.reference import ReferenceCache, ReferenceCacheError, ReferencedTraining, ReferencedValidation
 from anarcho_train.signals import StopSignal
 from anarcho_train.step import Batch, LossSum, Step, StepMetrics, StepSchedule
+from anarcho_train.validation import evaluate
 
 __all__ = [
     "Batch",

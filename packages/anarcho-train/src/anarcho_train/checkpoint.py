@@ -21,6 +21,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from anarcho_train.durable import sync
+
 FORMAT = 1
 MANIFEST_FILE = "manifest.json"
 STATE_FILE = "state.json"
@@ -87,14 +89,14 @@ class CheckpointStore:
             }
             _write_json(partial / MANIFEST_FILE, manifest)
             for path in (*partial.iterdir(), partial):
-                _fsync(path)
+                sync(path)
         except BaseException:  # A full disk is full of this: give the space back.
             shutil.rmtree(partial, ignore_errors=True)
             raise
         if final.exists():  # Only a damaged one can be in the way; a person may want to look at it.
             final.rename(final.with_name(f"{final.name}.damaged-{time.time_ns()}"))
         partial.rename(final)
-        _fsync(self.directory)
+        sync(self.directory)
         self._rotate()
         return final
 
@@ -261,11 +263,3 @@ def _describe(path: Path) -> dict[str, Any]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

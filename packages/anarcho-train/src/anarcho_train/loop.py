@@ -9,120 +9,30 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 from anarcho_train.checkpoint import CheckpointStore
 from anarcho_train.config import TrainConfig
+from anarcho_train.interfaces import (
+    EarlyStopping,
+    MetricSink,
+    Throughput,
+    TrainingBatches,
+    Unmeasured,
+    ValidationBatches,
+)
 from anarcho_train.signals import StopSignal
-from anarcho_train.step import Batch, LossSum, Step, StepMetrics, StepSchedule
+from anarcho_train.step import Step, StepMetrics, StepSchedule
+from anarcho_train.validation import bits_per_byte, total_loss
 
 MAX_SKIPPED_STEPS = 10
 """So many steps in a row without a finite gradient end the run: it has diverged and would only burn time."""
 
 WAIT_SECONDS = 0.02
 """How often a run that waits for data looks for it."""
-
-
-class TrainingBatches(Protocol):
-    """An endless, reproducible order of samples, addressed by number."""
-
-    def batch(self, first_sample: int, count: int) -> Batch:
-        """Samples ``first_sample`` to ``first_sample + count - 1`` of the global order."""
-        ...
-
-    def position(self, sample: int) -> dict[str, int]:
-        """Where the sample stands, as integers that a person can read (epoch, cursor)."""
-        ...
-
-    def state(self, first_sample: int, count: int) -> Literal["ready", "waiting", "ended"]:
-        """Whether these samples are there, will be, or never will be because the data has come to its end."""
-        ...
-
-
-class ValidationBatches(Protocol):
-    """Held-out text, every token once."""
-
-    num_windows: int
-    num_tokens: int
-    num_bytes: int
-
-    def batches(self, batch_size: int, *, max_windows: int | None = None) -> Iterator[Batch]:
-        """Batches of one fixed shape, padded with weight 0; at most ``max_windows`` rows, spread evenly over the text."""
-        ...
-
-
-class MetricSink(Protocol):
-    """Where measurements go."""
-
-    def write(self, kind: str, *, step: int, tokens: int, **values: Any) -> None:
-        """Records the values of one moment."""
-        ...
-
-
-class EarlyStopping(Protocol):
-    """Decides on the validation loss when to stop."""
-
-    best_value: float | None
-    best_step: int | None
-
-    def update(self, value: float, step: int) -> bool:
-        """Takes one validation loss; True means stop."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Its numbers, as JSON."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores them."""
-        ...
-
-
-class Throughput(Protocol):
-    """Measures how fast the run is; the loop marks what it is doing."""
-
-    def begin(self, first_step: int) -> None:
-        """The run begins, or goes on, after ``first_step`` steps."""
-        ...
-
-    def finish_step(self, tokens: int) -> None:
-        """Ends an optimizer step of ``tokens`` tokens."""
-        ...
-
-    def waiting(self) -> AbstractContextManager[None]:
-        """A stretch of a step that waits for data."""
-        ...
-
-    def pause(self, name: str, *, every: int | None = None) -> AbstractContextManager[None]:
-        """A stretch outside any step, such as an evaluation."""
-        ...
-
-    def metrics(self) -> dict[str, float]:
-        """Speed and remaining time, for each "train" record."""
-        ...
-
-
-class Unmeasured:
-    """The `Throughput` of a run that nobody times."""
-
-    def begin(self, first_step: int) -> None:
-        pass
-
-    def finish_step(self, tokens: int) -> None:
-        pass
-
-    def waiting(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def pause(self, name: str, *, every: int | None = None) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def metrics(self) -> dict[str, float]:
-        return {}
 
 
 class TrainingDiverged(ValueError):
@@ -320,7 +230,7 @@ class Loop:
                 max_tokens=max_tokens,
             )
         loss, measures = total.loss / total.weight, total.means()
-        bits = None if measures else _bits_per_byte(total, validation)
+        bits = None if measures else bits_per_byte(total, validation)
         self._result.validation_loss, self._result.bits_per_byte = loss, bits
         self._result.validation_measures = measures
         self._write("validation", loss=loss, **(measures or {"bits_per_byte": bits}))
@@ -383,34 +293,3 @@ class Loop:
 def _finite(value: float | None) -> float | None:
     """The value as JSON has it; what is not finite is no measurement."""
     return value if value is not None and math.isfinite(value) else None
-
-
-def evaluate(
-    step: Step, validation: ValidationBatches, *, batch_size: int, sequence_length: int, max_tokens: int | None = None
-) -> tuple[float, float]:
-    """Mean loss in nats per token and bits per byte of the validation text.
-
-    ``max_tokens`` limits the evaluation to windows spread evenly over the text; None reads all of it. The bytes of a limited evaluation are
-    taken as its share of the tokens.
-    """
-    total = total_loss(step, validation, batch_size=batch_size, window_tokens=sequence_length, max_tokens=max_tokens)
-    return total.loss / total.weight, _bits_per_byte(total, validation)
-
-
-def total_loss(
-    step: Step, validation: ValidationBatches, *, batch_size: int, window_tokens: float, max_tokens: int | None = None
-) -> LossSum:
-    """The loss and measures of the validation data, as sums.
-
-    ``max_tokens`` limits it to windows (or batches) of ``window_tokens`` spread evenly over the data; None reads all.
-    """
-    windows = None if max_tokens is None else max(1, int(max_tokens // window_tokens))
-    total = LossSum()
-    for batch in validation.batches(batch_size, max_windows=windows):
-        total += step.evaluate(batch)
-    return total
-
-
-def _bits_per_byte(total: LossSum, validation: ValidationBatches) -> float:
-    text_bytes = validation.num_bytes * total.weight / validation.num_tokens
-    return total.loss / math.log(2) / text_bytes

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,7 +22,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from anarcho_train.loop import TrainingBatches, ValidationBatches
+from anarcho_train.durable import sync
+from anarcho_train.interfaces import TrainingBatches, ValidationBatches
 from anarcho_train.step import Batch
 
 FORMAT = 1
@@ -282,13 +282,7 @@ def _read_part(directory: Path, part: Any) -> tuple[np.ndarray, np.ndarray]:
 def _write(file: Path, data: bytes) -> None:
     """The file is the old or the new one at every instant, also when the power fails."""
     partial = file.with_name(f".{file.name}.partial")
-    with partial.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
+    partial.write_bytes(data)
+    sync(partial)
     partial.replace(file)
-    descriptor = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(file.parent)

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from anarcho_cli.config import RunConfig
 
 
+DATA_NAMES = {"chat": "Conversations", "preference": "Pairs of answers"}
+
+
 def tuning_command(kind: str, *, preset: str, doc: str) -> Callable[..., None]:
     """The command that tunes a model on rows of a kind, beginning with a preset."""
     default_preset = preset
@@ -39,7 +42,9 @@ def tuning_command(kind: str, *, preset: str, doc: str) -> Callable[..., None]:
         data: Annotated[
             str | None,
             typer.Option(
-                "--data", metavar="SPEC", help="Conversations: a file, glob, directory, `hf://name` or `embedded`."
+                "--data",
+                metavar="SPEC",
+                help=f"{DATA_NAMES[kind]}: a file, glob, directory, `hf://name` or `embedded`.",
             ),
         ] = None,
         preset: PresetOption = default_preset,

@@ -1,0 +1,45 @@
+"""The sample of text with which a run ends."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from anarcho_tokenize import AnyTokenizer, Message, StreamDecoder, encode_chat
+from anarcho_tokenize.symbols import END
+
+from anarcho_cli.config import RunConfig
+
+if TYPE_CHECKING:
+    from anarcho_train.steps.torch import TorchStep
+
+
+def require_prompt(config: RunConfig, tokenizer: AnyTokenizer) -> None:
+    """The sample's prompt must leave room in the context, or the run would fail at its very end."""
+    length = len(_sample_prompt(config, tokenizer))
+    if length >= config.model.context_length:
+        raise ValueError(
+            f"sample.prompt has {length} tokens with what precedes it; expected fewer than model.context_length "
+            f"{config.model.context_length}: shorten it"
+        )
+
+
+def write_sample(config: RunConfig, step: TorchStep, tokenizer: AnyTokenizer) -> str:
+    """The prompt of the configuration, and what the trained model makes of it."""
+    from anarcho_model.generate.torch import generate
+    from anarcho_model.torch import GPT
+
+    assert isinstance(step.model, GPT)
+    stops = config.sample.stop_token_ids or (tokenizer.eot_id, tokenizer.special_tokens[END])
+    settings = dataclasses.replace(config.sample, stop_token_ids=stops)
+    tokens = generate(step.model, _sample_prompt(config, tokenizer), config=settings)
+    decoder = StreamDecoder(tokenizer, continues=config.data.kind == "text")
+    text = "".join(decoder.push(token) for token in tokens if token < tokenizer.vocab_size) + decoder.flush()
+    return config.sample.prompt + (text if config.data.kind == "text" else f"\n{text}")
+
+
+def _sample_prompt(config: RunConfig, tokenizer: AnyTokenizer) -> list[int]:
+    """The beginning of a document, or of a conversation in which the prompt is the user's."""
+    if config.data.kind == "text":
+        return [tokenizer.eot_id, *tokenizer.encode(config.sample.prompt)]
+    return encode_chat(tokenizer, [Message("user", config.sample.prompt)], add_generation_prompt=True)

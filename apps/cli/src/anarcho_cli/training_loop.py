@@ -1,0 +1,125 @@
+"""The loop of a run: its batches, schedule, sinks and checkpoints, put together from the configuration."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from anarcho_model.flops import training_flops_per_token
+from anarcho_monitor import (
+    EarlyStopping,
+    MetricsLog,
+    Progress,
+    Sinks,
+    TensorBoardSink,
+    Throughput,
+    peak_flops,
+    read_memory,
+)
+from anarcho_optim import schedules
+from anarcho_tokenize import AnyTokenizer
+from anarcho_train import CheckpointError, CheckpointStore, Loop, StepSchedule
+
+from anarcho_cli.config import RunConfig
+from anarcho_cli.data import RunData
+from anarcho_cli.models import CHECKPOINTS
+from anarcho_cli.run_directory import CONFIG_FILE, METRICS_FILE, TENSORBOARD
+
+if TYPE_CHECKING:
+    from anarcho_train.steps.torch import TorchStep
+
+
+def make_loop(
+    run_directory: Path,
+    config: RunConfig,
+    data: RunData,
+    step: TorchStep,
+    sink: Sinks,
+    tokenizer: AnyTokenizer,
+    *,
+    device: str,
+) -> Loop:
+    """The loop over ``data``; nothing is trained or restored yet."""
+    checkpoints = CheckpointStore(run_directory / CHECKPOINTS, keep_last=config.train.keep_last)
+
+    def schedule(number: int) -> StepSchedule:
+        return StepSchedule(
+            lr_scale=schedules.lr_scale(config.optim, number, total_steps=config.train.steps),
+            momentum=schedules.momentum(config.optim, number),
+        )
+
+    return Loop(
+        step=step,
+        batches=data.train,
+        validation=data.validation,
+        samples_per_step=data.samples_per_step,
+        schedule=schedule,
+        config=config.train,
+        sequence_length=config.sequence_length,
+        checkpoints=checkpoints,
+        sink=sink,
+        early_stopping=EarlyStopping(
+            patience=config.train.early_stopping_patience, min_delta=config.train.early_stopping_min_delta
+        ),
+        hashes={
+            "config": hashlib.sha256((run_directory / CONFIG_FILE).read_bytes()).hexdigest(),
+            "tokenizer": tokenizer.sha256,
+            "data": data.sha256,
+        },
+        throughput=Throughput(
+            total_steps=config.train.steps,
+            flops_per_token=training_flops_per_token(config.model, config.sequence_length),
+            peak_flops=config.monitor.peak_flops or peak_flops(_device_name(device)),
+        ),
+        gauges=lambda: read_memory(device).metrics(),
+        facts={
+            "device": device,
+            "precision": str(step.precision).removeprefix("torch."),
+            "compiled": step.compiled,
+            "parameters": config.model.num_parameters,
+            **data.facts,
+        },
+        on_checkpoint=lambda: data.release(_first_needed_sample(checkpoints)),
+    )
+
+
+def _first_needed_sample(checkpoints: CheckpointStore) -> int:
+    """The sample that the oldest checkpoint goes on with from which the run may have to be resumed."""
+    return min((checkpoints.read_state(path)["samples"] for path in checkpoints.recent()), default=0)
+
+
+def _device_name(device: str) -> str:
+    """The full name of a CUDA device; other devices have no peak that their name tells."""
+    if device != "cuda":
+        return device
+    import torch
+
+    return torch.cuda.get_device_name()
+
+
+def open_sinks(run_directory: Path, config: RunConfig) -> Sinks:
+    """Where the measurements of the run go."""
+    sinks: list[Any] = [MetricsLog(run_directory / METRICS_FILE, run=run_directory.name)]
+    if config.monitor.tensorboard:
+        sinks.append(TensorBoardSink(run_directory / TENSORBOARD))
+    if config.monitor.progress:
+        sinks.append(
+            Progress(
+                config.train.steps,
+                tokens_per_step=config.train.batch_tokens,
+                interval_seconds=config.monitor.progress_seconds,
+            )
+        )
+    return Sinks(sinks)
+
+
+def require_same_run(loop: Loop, checkpoint: Path) -> None:
+    """A checkpoint continues only under the configuration, the tokenizer and the data that it was made with."""
+    saved = loop.checkpoints.read_hashes(checkpoint)
+    for name, value in loop.hashes.items():
+        if saved.get(name) != value:
+            raise CheckpointError(
+                f"{checkpoint} was made with another {name} than the run directory holds now; put the run's own {name} back "
+                "(or remove the checkpoint, if it is another run's), or start a new run"
+            )

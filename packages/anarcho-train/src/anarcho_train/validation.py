@@ -1,0 +1,40 @@
+"""Measuring the validation data: sums over batches, divided once at the end."""
+
+from __future__ import annotations
+
+import math
+
+from anarcho_train.interfaces import ValidationBatches
+from anarcho_train.step import LossSum, Step
+
+
+def evaluate(
+    step: Step, validation: ValidationBatches, *, batch_size: int, sequence_length: int, max_tokens: int | None = None
+) -> tuple[float, float]:
+    """Mean loss in nats per token and bits per byte of the validation text.
+
+    ``max_tokens`` limits the evaluation to windows spread evenly over the text; None reads all of it. The bytes of a limited evaluation are
+    taken as its share of the tokens.
+    """
+    total = total_loss(step, validation, batch_size=batch_size, window_tokens=sequence_length, max_tokens=max_tokens)
+    return total.loss / total.weight, bits_per_byte(total, validation)
+
+
+def total_loss(
+    step: Step, validation: ValidationBatches, *, batch_size: int, window_tokens: float, max_tokens: int | None = None
+) -> LossSum:
+    """The loss and measures of the validation data, as sums.
+
+    ``max_tokens`` limits it to windows (or batches) of ``window_tokens`` spread evenly over the data; None reads all.
+    """
+    windows = None if max_tokens is None else max(1, int(max_tokens // window_tokens))
+    total = LossSum()
+    for batch in validation.batches(batch_size, max_windows=windows):
+        total += step.evaluate(batch)
+    return total
+
+
+def bits_per_byte(total: LossSum, validation: ValidationBatches) -> float:
+    """The loss of a text in bits per byte; of a part of it, the bytes are taken as its share of the tokens."""
+    text_bytes = validation.num_bytes * total.weight / validation.num_tokens
+    return total.loss / math.log(2) / text_bytes
