@@ -21,6 +21,7 @@ from anarcho_cli.errors import CommandGroup
 from anarcho_cli.serving import limits as limits_module
 from anarcho_cli.serving.answers import Choice
 from anarcho_cli.serving.app import make_app
+from anarcho_cli.serving.access import Access
 from anarcho_cli.serving.limits import Limits, make_server
 from anarcho_cli.serving.worker import Worker
 from anarcho_cli.writing import Writer
@@ -54,7 +55,7 @@ class Served:
     def __init__(self, model: Path, *, connections: int = 64, api_key: str | None = None, **limits: Any) -> None:
         self.writer = Writer.load(model, device="cpu")
         self.worker = Worker(Engine(self.writer.model, slots=3))
-        app = make_app(self.writer, self.worker, name="tiny", limits=Limits(**limits), api_key=api_key)
+        app = make_app(self.writer, self.worker, name="tiny", limits=Limits(**limits), access=Access(api_key=api_key))
         self.server = make_server(app, connections=connections)
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]}, daemon=True)

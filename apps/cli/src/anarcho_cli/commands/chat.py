@@ -12,6 +12,7 @@ import typer
 
 from anarcho_cli.devices import Device
 from anarcho_cli.models import Which
+from anarcho_cli.sampling_options import Checkpoint, MaxNewTokens, MinP, Model, RunsOn, Seed, Temperature, TopK, TopP
 
 if TYPE_CHECKING:
     from anarcho_cli.chatting import Chat
@@ -27,22 +28,16 @@ A message that begins with a slash is written with two. Ctrl-C stops an answer."
 
 
 def chat(
-    model: Annotated[Path, typer.Argument(metavar="RUN", help="A run, a checkpoint or a model directory.")],
+    model: Model,
     system: Annotated[str, typer.Option("--system", "-s", help="Message that stands before the conversation.")] = "",
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Most tokens of an answer.")] = 512,
-    temperature: Annotated[
-        float, typer.Option("--temperature", "-t", help="0 always takes the likeliest token.")
-    ] = 0.7,
-    top_k: Annotated[int | None, typer.Option("--top-k", help="Draw among the k likeliest tokens.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option("--top-p", help="Draw among the likeliest that hold this share.")
-    ] = None,
-    min_p: Annotated[
-        float | None, typer.Option("--min-p", help="Least probability, relative to the likeliest.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the draws, to repeat a conversation.")] = None,
-    checkpoint: Annotated[Which, typer.Option("--checkpoint", help="Which checkpoint of a run.")] = Which.last,
-    device: Annotated[Device, typer.Option("--device", help="Where the model runs.")] = Device.auto,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.7,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    seed: Seed = None,
+    checkpoint: Checkpoint = Which.last,
+    device: RunsOn = Device.auto,
 ) -> None:
     """Converse with a model that was fine-tuned on conversations; a line is a message, /help lists what else there is."""
     from anarcho_model.generate.sampling import SamplingConfig

@@ -11,13 +11,14 @@ import typer
 
 from anarcho_cli.devices import Device
 from anarcho_cli.models import Which
+from anarcho_cli.sampling_options import Checkpoint, MaxNewTokens, MinP, Model, RunsOn, Seed, Temperature, TopK, TopP
 
 if TYPE_CHECKING:
     from anarcho_cli.writing import Completion
 
 
 def generate(
-    model: Annotated[Path, typer.Argument(metavar="RUN", help="A run, a checkpoint or a model directory.")],
+    model: Model,
     prompt: Annotated[
         list[str] | None,
         typer.Argument(help="Texts to continue; left out or `-`, standard input as a whole.", show_default=False),
@@ -28,20 +29,14 @@ def generate(
             "--prompts", help="More texts: a file of one a line, or *.jsonl with `prompt`; `-`, lines of input."
         ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Most tokens to add.")] = 256,
-    temperature: Annotated[
-        float, typer.Option("--temperature", "-t", help="0 always takes the likeliest token.")
-    ] = 0.8,
-    top_k: Annotated[int | None, typer.Option("--top-k", help="Draw among the k likeliest tokens.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option("--top-p", help="Draw among the likeliest that hold this share.")
-    ] = None,
-    min_p: Annotated[
-        float | None, typer.Option("--min-p", help="Least probability, relative to the likeliest.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the draws, to repeat a text.")] = None,
-    checkpoint: Annotated[Which, typer.Option("--checkpoint", help="Which checkpoint of a run.")] = Which.last,
-    device: Annotated[Device, typer.Option("--device", help="Where the model runs.")] = Device.auto,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.8,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    seed: Seed = None,
+    checkpoint: Checkpoint = Which.last,
+    device: RunsOn = Device.auto,
     slots: Annotated[int, typer.Option("--slots", min=1, help="Most texts to write at once.")] = 16,
     json: Annotated[
         bool, typer.Option("--json", help="Print an object with text, tokens and time; of several texts, one a line.")

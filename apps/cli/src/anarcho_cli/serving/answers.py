@@ -74,7 +74,7 @@ class Choice:
         if found:
             self.finish = "stop"
             return text[: min(found)]
-        lengths = [n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
+        lengths = [n for stop in self.stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])]
         keep = len(text) - max(lengths, default=0)
         self.held = text[keep:]
         return text[:keep]

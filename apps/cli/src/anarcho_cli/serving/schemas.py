@@ -21,19 +21,27 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """Settings that are not served -> the values with which they ask for nothing."""
 
-Stops = Annotated[list[Annotated[str, Field(min_length=1, max_length=500)]], Field(max_length=16)]
+# A list is judged by its first bad item: reports on all items of a hostile one would take seconds and gigabytes.
+Stops = Annotated[list[Annotated[str, Field(min_length=1, max_length=500)]], Field(max_length=16, fail_fast=True)]
+Ids = Annotated[list[int], Field(fail_fast=True)]
 
 
-class StreamOptions(BaseModel):
+class Strict(BaseModel):
+    """A part of a request: numbers are numbers and texts are texts, nothing is converted."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class StreamOptions(Strict):
     """What a stream holds besides the text."""
 
     include_usage: bool = False
 
 
-class Sampled(BaseModel):
+class Sampled(Strict):
     """What both kinds of requests say about sampling; other keys, such as `user`, are passed over."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", strict=True)
 
     model: str = ""
     stream: bool = False
@@ -60,18 +68,18 @@ class Sampled(BaseModel):
         return self
 
 
-class TextPart(BaseModel):
+class TextPart(Strict):
     """A part of a message; others than texts are not served."""
 
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(Strict):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
 
     def plain(self) -> dict[str, str]:
         """Role and text."""
@@ -82,7 +90,7 @@ class ChatMessage(BaseModel):
 class ChatRequest(Sampled):
     """A body of /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -91,7 +99,7 @@ class ChatRequest(Sampled):
 class CompletionRequest(Sampled):
     """A body of /v1/completions."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | Ids | Annotated[list[str], Field(fail_fast=True)] | Annotated[list[Ids], Field(fail_fast=True)]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
     @property

@@ -1,0 +1,25 @@
+"""The options that `chat`, `generate` and `serve` share: which model, where it runs, and how its tokens are drawn.
+
+Aliases for Typer; a command gives its own defaults.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from anarcho_cli.devices import Device
+from anarcho_cli.models import Which
+
+Model = Annotated[Path, typer.Argument(metavar="RUN", help="A run, a checkpoint or a model directory.")]
+Checkpoint = Annotated[Which, typer.Option("--checkpoint", help="Which checkpoint of a run.")]
+RunsOn = Annotated[Device, typer.Option("--device", help="Where the model runs.")]
+
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Most tokens to add.")]
+Temperature = Annotated[float, typer.Option("--temperature", "-t", help="0 always takes the likeliest token.")]
+TopK = Annotated[int | None, typer.Option("--top-k", help="Draw among the k likeliest tokens.")]
+TopP = Annotated[float | None, typer.Option("--top-p", help="Draw among the likeliest that hold this share.")]
+MinP = Annotated[float | None, typer.Option("--min-p", help="Least probability, relative to the likeliest.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the draws, to repeat a text.")]
