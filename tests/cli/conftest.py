@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from anarcho_cli.main import app
 from typer.testing import CliRunner
+
+# `served.py` is shared by several tests of the server.
+sys.path.insert(0, str(Path(__file__).parent))
 
 Anarcho = Callable[..., Any]
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import http.client
 import json
-import socket
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,19 +15,13 @@ pytest.importorskip("uvicorn")
 from anarcho_cli.commands.serve import serve
 from anarcho_cli.errors import CommandGroup
 from anarcho_cli.serving import limits as limits_module
-from anarcho_cli.serving.answers import Choice
-from anarcho_cli.serving.app import make_app
 from anarcho_cli.serving.access import Access
-from anarcho_cli.serving.limits import Limits, make_server
-from anarcho_cli.serving.worker import Worker
-from anarcho_cli.writing import Writer
-from anarcho_model import ModelConfig
-from anarcho_model.generate.engine.torch import Engine
+from anarcho_cli.serving.answers import Choice
+from anarcho_cli.serving.limits import Limits
 from anarcho_model.generate.sampling import SamplingConfig
 from anarcho_model.generate.torch import generate
-from anarcho_model.torch import GPT
-from anarcho_model.weights import save_pretrained
-from anarcho_tokenize import TokenizerConfig, encode_chat, train_tokenizer
+from anarcho_tokenize import encode_chat
+from served import Served, tiny_model
 from typer import Typer
 from typer.testing import CliRunner
 
@@ -40,62 +30,12 @@ CHAT = {"messages": [{"role": "user", "content": "the whale"}], "seed": 3, "max_
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model")
-    tokenizer = train_tokenizer(["the whale and the sea, the ship. " * 100], config=TokenizerConfig(vocab_size=285))
-    tokenizer.save(directory)
-    network = GPT(ModelConfig(vocab_size=285, context_length=64, num_layers=1, dim=16, num_heads=2))
-    network.init_weights(seed=0)
-    save_pretrained(network, directory, eos_token_id=tokenizer.eot_id, pad_token_id=tokenizer.pad_id)
-    return directory
-
-
-class Served:
-    """A running server."""
-
-    def __init__(self, model: Path, *, connections: int = 64, api_key: str | None = None, **limits: Any) -> None:
-        self.writer = Writer.load(model, device="cpu")
-        self.worker = Worker(Engine(self.writer.model, slots=3))
-        app = make_app(self.writer, self.worker, name="tiny", limits=Limits(**limits), access=Access(api_key=api_key))
-        self.server = make_server(app, connections=connections)
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]}, daemon=True)
-
-    def __enter__(self) -> Served:
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.01)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.server.should_exit = True
-        self.thread.join(timeout=20)
-        assert not self.thread.is_alive()
-
-    def connect(self) -> socket.socket:
-        return socket.create_connection(self.listener.getsockname(), timeout=10)
-
-    def ask(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
-        connection = http.client.HTTPConnection(*self.listener.getsockname(), timeout=20)
-        content = body if isinstance(body, bytes | None) else json.dumps(body).encode()
-        named = {"Content-Type": "application/json", **{key.replace("_", "-"): value for key, value in headers.items()}}
-        connection.request(method, path, body=content, headers=named)
-        response = connection.getresponse()
-        text = response.read().decode()
-        connection.close()
-        streamed = (response.getheader("content-type") or "").startswith("text/event-stream")
-        return response.status, text if streamed else json.loads(text)
-
-    def chunks(self, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
-        status, text = self.ask("POST", path, {**body, "stream": True})
-        assert status == 200
-        events = [event.removeprefix("data: ") for event in text.removesuffix("\n\n").split("\n\n")]
-        assert events[-1] == "[DONE]"
-        return [json.loads(event) for event in events[:-1]]
+    return tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
 def served(model: Path) -> Iterator[Served]:
-    with Served(model, max_body_bytes=5000, body_seconds=0.5) as server:
+    with Served(model, limits=Limits(max_body_bytes=5000, body_seconds=0.5)) as server:
         yield server
 
 
@@ -251,7 +191,7 @@ def test_connections_above_the_cap_are_503(model: Path) -> None:
 
 
 def test_the_key_is_asked_for_everywhere_but_for_health(model: Path) -> None:
-    with Served(model, api_key="secret") as served:
+    with Served(model, access=Access(api_key="secret")) as served:
         assert served.ask("GET", "/health") == (200, {"status": "ok"})
         assert served.ask("GET", "/v1/models")[0] == 401
         assert served.ask("GET", "/v1/models", Authorization="Bearer wrong")[0] == 401
@@ -262,26 +202,15 @@ def test_the_key_is_asked_for_everywhere_but_for_health(model: Path) -> None:
 def test_a_client_that_leaves_frees_its_slot(served: Served) -> None:
     for stream in (True, False):
         body = json.dumps({**CHAT, "max_tokens": 60, "stream": stream}).encode()
-        step = served.worker.engine.step
-
-        def slow(step=step) -> bool:
-            time.sleep(0.1)
-            return step()
-
-        served.worker.engine.step = slow  # pyright: ignore[reportAttributeAccessIssue]
+        served.slow_down(0.1)
         try:
             with served.connect() as client:
                 head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
                 client.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
-                deadline = time.monotonic() + 5
-                while not served.worker.engine.busy and time.monotonic() < deadline:
-                    time.sleep(0.01)
-                assert served.worker.engine.busy
-            while served.worker.engine.busy and time.monotonic() < deadline:
-                time.sleep(0.01)
-            assert not served.worker.engine.busy
+                assert served.busy_within(5)
+            assert served.idle_within(5)
         finally:
-            served.worker.engine.step = step  # pyright: ignore[reportAttributeAccessIssue]
+            served.slow_down(0)
 
 
 def test_a_failure_of_the_generating_thread_reaches_clients_and_health(model: Path) -> None:
