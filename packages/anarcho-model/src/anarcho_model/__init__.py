@@ -1,9 +1,10 @@
 """One GPT with the Hugging Face directory format.
 
-This module and `config`, `directory`, `flops`, `footprint` and `generate.sampling` are free of any framework;
-`anarcho_model.torch`, `anarcho_model.weights` and `anarcho_model.generate.torch` need PyTorch.
+This module and `config`, `directory`, `flops`, `footprint`, `generate.sampling` and `lora.config` are free of any
+framework; `anarcho_model.torch`, `anarcho_model.weights` and `anarcho_model.generate.torch` need PyTorch.
 """
 
 from anarcho_model.config import ConfigError, InitConfig, ModelConfig, RopeScaling
+from anarcho_model.lora.config import LoraConfig
 
-__all__ = ["ConfigError", "InitConfig", "ModelConfig", "RopeScaling"]
+__all__ = ["ConfigError", "InitConfig", "LoraConfig", "ModelConfig", "RopeScaling"]

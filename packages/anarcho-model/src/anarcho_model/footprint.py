@@ -2,7 +2,8 @@
 
 The forecast counts what PyTorch's autograd keeps when `token_logprobs` runs op by op: it is derived tensor by tensor from
 `anarcho_model.layers.torch`, and the tests compare it with the tensors that autograd really saves. A compiled step keeps
-less. The interpreter, the libraries and the device's context are not in it.
+less. The interpreter, the libraries and the device's context are not in it. With an adapter (`anarcho_model.lora`) only its
+weights have gradients and optimizer state; the frozen ones are kept, and their casts with them.
 
 Notable: a step's peak is not the sum of its parts. Activations are alive before the gradients that replace them, so the
 total is the largest of the step's moments. One part is measured rather than derived, `allocator_slack`: the C library
@@ -15,9 +16,11 @@ feed-forward layer.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from anarcho_model.config import ModelConfig
+from anarcho_model.lora.config import LoraConfig, adapter_shapes
 
 __all__ = ["MemoryForecast", "block_activation_bytes", "training_memory"]
 
@@ -33,9 +36,9 @@ class MemoryForecast:
     """Bytes that training takes, by purpose; `total` is the peak."""
 
     weights: int
-    """Parameters in float32."""
+    """Parameters in float32, an adapter's included."""
     gradients: int
-    """Their gradients in float32."""
+    """Gradients in float32, of what is trained."""
     optimizer: int
     """The optimizer's state."""
     optimizer_scratch: int
@@ -53,7 +56,8 @@ class MemoryForecast:
     embedding_gradient: int
     """The part of the embedding's gradient that waits for the other one, when the output layer is tied to it."""
     checkpoint_copy: int
-    """The copy that is made while a checkpoint is written: one tensor, or from a device the larger file's tensors."""
+    """The copy that is made while a checkpoint is written: one tensor, the matrices that an adapter is merged into, or from a
+    device the larger file's tensors."""
     allocator_slack: int
     """Freed memory that the process has not given back; measured, not derived."""
     gradients_held: bool
@@ -91,6 +95,7 @@ def training_memory(
     gradients_held: bool = True,
     segments: bool = False,
     host_copy: bool = False,
+    adapter: LoraConfig | None = None,
 ) -> MemoryForecast:
     """Forecast the memory of training steps, with float32 weights and gradients.
 
@@ -106,35 +111,52 @@ def training_memory(
         gradients_held: whether a step has several micro-batches, or gradients are zeroed in place rather than freed.
         segments: whether documents are isolated by a mask.
         host_copy: whether saving copies from a device into the same memory, as on a Mac.
+        adapter: trained in place of the model's own weights; None, or one of rank 0, trains these.
 
     Raises:
-        ValueError: a size is not positive, or `compute_dtype_bytes` is neither 2 nor 4.
+        ValueError: a size is not positive, `compute_dtype_bytes` is neither 2 nor 4, or the adapter does not fit.
     """
     _check(micro_batch=micro_batch, length=length, logits_chunk_bytes=logits_chunk_bytes)
     if compute_dtype_bytes not in (2, FLOAT):
         raise ValueError(f"compute_dtype_bytes is {compute_dtype_bytes}, expected 2 or 4.")
     tokens, compute = micro_batch * length, compute_dtype_bytes
+    lora = adapter if adapter is not None and adapter.rank else None
     cast = compute != FLOAT
     head = config.vocab_size * config.dim
     matrices = config.num_layers * _block_matrix_parameters(config)
-    weights = FLOAT * config.num_parameters
-    optimizer = matrix_optimizer_bytes * matrices + other_optimizer_bytes * (config.num_parameters - matrices)
-    block = tokens * block_activation_bytes(config, length=length, compute_dtype_bytes=compute, segments=segments)
-    block_casts = compute * _block_matrix_parameters(config) if cast else 0
+    added = 0 if lora is None else sum(rows * columns for rows, columns in adapter_shapes(config, lora).values())
+    weights = FLOAT * (config.num_parameters + added)
+    if lora is None:
+        gradients = weights
+        optimizer = matrix_optimizer_bytes * matrices + other_optimizer_bytes * (config.num_parameters - matrices)
+    else:
+        gradients = FLOAT * added
+        optimizer = (matrix_optimizer_bytes if lora.optimizer == "muon" else other_optimizer_bytes) * added
+    per_token = block_activation_bytes(
+        config, length=length, compute_dtype_bytes=compute, segments=segments, adapter=lora
+    )
+    block = tokens * per_token
+    block_casts = compute * (_block_matrix_parameters(config) + added // config.num_layers) if cast else 0
     kept_per_block = tokens * FLOAT * config.dim if gradient_checkpointing else block
     final = tokens * (2 * FLOAT * config.dim + compute * config.dim + 2 * FLOAT + 16)
+    if lora is not None:  # neither the normalised input nor the ids of the embedding are kept
+        final -= tokens * (FLOAT * config.dim + 8)
+    vocabulary = _vocabulary_chunk(
+        config, tokens=tokens, compute=compute, chunk_bytes=logits_chunk_bytes, frozen=lora is not None
+    )
+    own_copy = FLOAT * (head if lora is None else max(head, _target_parameters(config, lora)))
     forecast = MemoryForecast(
         weights=weights,
-        gradients=weights,
+        gradients=gradients,
         optimizer=optimizer,
         optimizer_scratch=optimizer_scratch_bytes,
         activations=config.num_layers * kept_per_block + final,
         recomputed=block + block_casts if gradient_checkpointing else 0,
         weight_casts=0 if gradient_checkpointing else config.num_layers * block_casts,
-        vocabulary_chunk=_vocabulary_chunk(config, tokens=tokens, compute=compute, chunk_bytes=logits_chunk_bytes),
+        vocabulary_chunk=vocabulary,
         backward_scratch=3 * tokens * compute * config.ffn_size + (compute + FLOAT) * config.dim * config.ffn_size,
-        embedding_gradient=FLOAT * head if config.tie_embeddings else 0,
-        checkpoint_copy=max(weights, optimizer) if host_copy else FLOAT * head,
+        embedding_gradient=FLOAT * head if config.tie_embeddings and lora is None else 0,
+        checkpoint_copy=max(weights, optimizer, own_copy) if host_copy else own_copy,
         allocator_slack=0,
         gradients_held=gradients_held,
     )
@@ -143,17 +165,42 @@ def training_memory(
 
 
 def block_activation_bytes(
-    config: ModelConfig, *, length: int, compute_dtype_bytes: int, segments: bool = False
+    config: ModelConfig,
+    *,
+    length: int,
+    compute_dtype_bytes: int,
+    segments: bool = False,
+    adapter: LoraConfig | None = None,
 ) -> int:
     """Bytes per token that one block's forward leaves for its backward."""
     query, kv = config.num_heads * config.head_size, config.kv_heads * config.head_size
-    norm = 2 * FLOAT * config.dim + FLOAT + compute_dtype_bytes * config.dim  # input, normalised input, rstd; output
+    normalised = FLOAT if adapter is None else 0  # input that a norm's own gradient needs
+    norm = (FLOAT + normalised + compute_dtype_bytes) * config.dim + FLOAT  # input, the same normalised, output; rstd
     attention = compute_dtype_bytes * 5 * query + FLOAT * config.num_heads  # q, k, v, result twice; normaliser
     if config.qk_norm:
-        attention += 2 * FLOAT * (query + kv) + FLOAT * (config.num_heads + config.kv_heads)
+        attention += (FLOAT + normalised) * (query + kv) + FLOAT * (config.num_heads + config.kv_heads)
     if segments:
         attention += compute_dtype_bytes * length  # the mask as the attention kernel keeps it
-    return 2 * norm + attention + compute_dtype_bytes * 4 * config.ffn_size
+    own = 2 * norm + attention + compute_dtype_bytes * 4 * config.ffn_size
+    return own if adapter is None else own + compute_dtype_bytes * _adapter_activations(config, adapter)
+
+
+def _adapter_activations(config: ModelConfig, lora: LoraConfig) -> int:
+    """Numbers per token that an adapter adds to a block's activations, less the inputs that no frozen matrix needs."""
+    inputs = {"o": config.num_heads * config.head_size, "down": config.ffn_size}
+    added = lora.rank * len(lora.targets)  # what A makes of its input
+    if lora.dropout:
+        added += 2 * sum(inputs.get(target, config.dim) for target in lora.targets)  # the factors, and what they leave
+    for readers in (("q", "k", "v"), ("o",), ("gate", "up"), ("down",)):
+        if lora.dropout or not set(readers) & set(lora.targets):
+            added -= inputs.get(readers[0], config.dim)
+    return added
+
+
+def _target_parameters(config: ModelConfig, lora: LoraConfig) -> int:
+    """Numbers in the matrices that an adapter is added to."""
+    shapes = config.tensor_shapes().items()
+    return sum(math.prod(shape) for name, shape in shapes if lora.is_target(name.removesuffix(".weight")))
 
 
 def _block_matrix_parameters(config: ModelConfig) -> int:
@@ -161,14 +208,14 @@ def _block_matrix_parameters(config: ModelConfig) -> int:
     return config.dim * (2 * query + 2 * kv + 3 * config.ffn_size)
 
 
-def _vocabulary_chunk(config: ModelConfig, *, tokens: int, compute: int, chunk_bytes: int) -> int:
+def _vocabulary_chunk(config: ModelConfig, *, tokens: int, compute: int, chunk_bytes: int, frozen: bool) -> int:
     """The larger of the two moments of the output layer's backward: logits being widened, gradient being multiplied."""
     chunk = min(max(1, chunk_bytes // (FLOAT * config.vocab_size)), tokens) * config.vocab_size
     head = config.vocab_size * config.dim
-    gradient = FLOAT * head + tokens * config.dim * compute
+    gradient = (0 if frozen else FLOAT * head) + tokens * config.dim * compute
     if compute == FLOAT:
         return gradient + FLOAT * chunk
-    return gradient + compute * head + max((FLOAT + compute) * chunk, compute * (chunk + head))
+    return gradient + compute * head + max((FLOAT + compute) * chunk, compute * (chunk + (0 if frozen else head)))
 
 
 def _check(**sizes: int) -> None:

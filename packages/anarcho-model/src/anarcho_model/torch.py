@@ -22,6 +22,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,9 @@ from torch.utils.checkpoint import checkpoint
 from anarcho_model.config import InitConfig, ModelConfig
 from anarcho_model.layers.torch import AttentionContext, Block, LayerCache, RMSNorm, RotaryTables, compute_dtype, widen
 from anarcho_model.logprobs.torch import chunked_logprobs
+
+if TYPE_CHECKING:
+    from anarcho_model.lora.torch import Adapter
 
 __all__ = ["GPT", "ContextError", "KVCache"]
 
@@ -102,6 +106,8 @@ class GPT(nn.Module):
     """Keep only each block's input for backward and compute the rest again: less memory for about a third more time."""
     logits_chunk_bytes: int = 64 * 2**20
     """Bound of the float32 logits that `token_logprobs` holds at a time."""
+    adapter: Adapter | None = None
+    """The low-rank adapter that `anarcho_model.lora.torch.add_adapter` has given it."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -146,6 +152,8 @@ class GPT(nn.Module):
         positions: Int[Tensor, "batch length"] | None = None,
         segments: Int[Tensor, "batch length"] | None = None,
         cache: KVCache | None = None,
+        embedding_noise: Float[Tensor, "batch length dim"] | None = None,
+        dropout_keys: Int[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "batch length dim"]:
         """The final norm's output, in the compute dtype.
 
@@ -155,12 +163,19 @@ class GPT(nn.Module):
                 document. None means one document.
             cache: read and extended by these tokens; it decides the positions, so `positions` and `segments` must be
                 None.
+            embedding_noise: is added to the embeddings, for training.
+            dropout_keys: for the adapter's dropout in training, a number under 2**32 for each row, drawn anew for each
+                step; a negative one means no dropout.
 
         Raises:
             ContextError: there are more tokens than the context, or the cache, holds.
         """
         context = self._attention_context(tokens.shape[1], positions, segments, cache)
+        if self.adapter is not None:
+            self.adapter.begin(dropout_keys, length=tokens.shape[1])
         x = widen(self.model.embed_tokens(tokens))
+        if embedding_noise is not None:
+            x = x + embedding_noise
         for index, block in enumerate(self.model.layers):
             layer_cache = None if cache is None else cache.layers[index]
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -194,6 +209,8 @@ class GPT(nn.Module):
         *,
         positions: Int[Tensor, "batch length"] | None = None,
         segments: Int[Tensor, "batch length"] | None = None,
+        embedding_noise: Float[Tensor, "batch length dim"] | None = None,
+        dropout_keys: Int[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "batch length"]:
         """Log-probability in nats of each target after its token and all before it: float32, differentiable once.
 
@@ -201,7 +218,13 @@ class GPT(nn.Module):
         `logits_chunk_bytes` of logits exist at a time, in forward and in backward. Arguments and errors otherwise as in
         `hidden_states`.
         """
-        hidden = self.hidden_states(tokens, positions=positions, segments=segments)
+        hidden = self.hidden_states(
+            tokens,
+            positions=positions,
+            segments=segments,
+            embedding_noise=embedding_noise,
+            dropout_keys=dropout_keys,
+        )
         logprobs = chunked_logprobs(
             hidden.reshape(-1, hidden.shape[-1]),
             self.head_weight,

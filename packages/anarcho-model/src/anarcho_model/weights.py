@@ -30,6 +30,7 @@ from anarcho_model.directory import (
     weight_files,
     write_config_files,
 )
+from anarcho_model.lora.torch import merged_state
 from anarcho_model.torch import GPT
 
 __all__ = [
@@ -54,13 +55,14 @@ def save_pretrained(
 ) -> None:
     """Write `config.json`, `generation_config.json` and `model.safetensors` into `directory`, which is made if missing.
 
+    The addition of an adapter is part of the weights that are written; `lora.peft.save_adapter` writes it alone.
     `dtype` is the element type in the file; None keeps the parameters' own.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {
         name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
-        for name, tensor in model.state_dict().items()
+        for name, tensor in merged_state(model).items()
     }
     written = str(tensors[EMBEDDING].dtype).removeprefix("torch.")
     write_config_files(model.config, directory, eos_token_id=eos_token_id, pad_token_id=pad_token_id, dtype=written)
@@ -106,15 +108,16 @@ def _opened(path: Path) -> Iterator[Any]:
 
 @torch.no_grad()
 def load_weights(model: GPT, directory: str | Path) -> None:
-    """Copy the weights of a directory into `model`, converted to its element type and device.
+    """Copy the weights of a directory into `model`, converted to its element type and device; an adapter stays as it is.
 
     Raises:
         FileNotFoundError: there is neither `model.safetensors` nor an index of several files, or one of those is missing.
         DirectoryError: a file is damaged, or its tensors are not this model's; nothing has been copied then.
     """
     files = open_weights(model.config, directory)
-    for name, parameter in model.state_dict().items():
-        parameter.copy_(files.tensor(name))
+    state = model.state_dict()
+    for name in model.config.tensor_shapes():
+        state[name].copy_(files.tensor(name))
 
 
 def open_weights(config: ModelConfig, directory: str | Path) -> WeightFiles:

@@ -67,12 +67,12 @@ class _ChunkedLogprobs(torch.autograd.Function):
         return torch.cat(logprobs)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         hidden, weight, targets, normalisers = ctx.saved_tensors
         hidden_cast, weight_cast = hidden.to(ctx.dtype), weight.to(ctx.dtype)
         grad_output = grad_outputs[0]
         grad_hidden = []
-        grad_weight = torch.zeros_like(weight)
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # an adapter's base is frozen
         for start in range(0, hidden.shape[0], ctx.size):
             rows = slice(start, start + ctx.size)
             part = hidden_cast[rows]
@@ -80,7 +80,9 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 _wide_logits(part, weight_cast), normalisers[rows], targets[rows], grad_output[rows]
             ).to(ctx.dtype)
             grad_hidden.append((grad_logits @ weight_cast).to(hidden.dtype))
-            if weight.dtype == ctx.dtype:
+            if grad_weight is None:
+                pass
+            elif weight.dtype == ctx.dtype:
                 grad_weight.addmm_(grad_logits.t(), part)
             else:
                 grad_weight += grad_logits.t() @ part

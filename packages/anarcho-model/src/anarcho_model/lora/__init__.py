@@ -1,0 +1,1 @@
+"""Low-rank adapters: a model is tuned by a small addition to its frozen matrices."""
