@@ -53,7 +53,7 @@ def edit_manifest(directory: Path, **changes) -> None:
         (lambda d: (d / "manifest.json").write_text('{"format": 1, "files": {}}'), "does not describe the checkpoint"),
         (lambda d: edit_manifest(d, step=8), "does not describe the checkpoint"),
         (lambda d: edit_manifest(d, hashes=[]), "does not describe the checkpoint"),
-        (lambda d: edit_manifest(d, files={"state.json": {}, "../x": {}}), "expected plain file names"),
+        (lambda d: edit_manifest(d, files={"state.json": {}, "../x": {}}), "expected names of files in the checkpoint"),
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_passed_over_for_an_earlier_one(tmp_path, damage, sentence):

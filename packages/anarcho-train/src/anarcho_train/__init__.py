@@ -5,6 +5,7 @@
 
 from anarcho_train.checkpoint import CheckpointError, CheckpointInfo, CheckpointStore, lock_run
 from anarcho_train.config import PreferenceConfig, TrainConfig
+from anarcho_train.draws import TrainingDraws
 from anarcho_train.loop import Loop, TrainingDiverged, TrainResult
 from anarcho_train.reference import ReferenceCache, ReferenceCacheError, ReferencedTraining, ReferencedValidation
 from anarcho_train.signals import StopSignal
@@ -30,6 +31,7 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "TrainingDiverged",
+    "TrainingDraws",
     "evaluate",
     "lock_run",
 ]

@@ -1,8 +1,8 @@
 """Checkpoints that are either whole or absent, and that say themselves whether they are sound.
 
-Notable: a checkpoint is a directory written beside its final name, fsynced and renamed; ``manifest.json``, written last,
-lists every file with its size and SHA-256. Reading never executes anything: tensors are safetensors, everything else is JSON. The newest
-ones and the best one stay.
+Notable: a checkpoint is a directory written beside its final name, fsynced and renamed; ``manifest.json``, written last, lists every
+file, those in folders included, with its size and SHA-256. Reading never executes anything: tensors are safetensors, everything else is
+JSON. The newest ones and the best one stay.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -79,7 +79,11 @@ class CheckpointStore:
         try:
             write(partial)
             _write_json(partial / STATE_FILE, {"format": FORMAT, "step": step, **state})
-            files = {path.name: _describe(path) for path in sorted(partial.iterdir())}
+            files = {
+                path.relative_to(partial).as_posix(): _describe(path)
+                for path in sorted(partial.rglob("*"))
+                if path.is_file()
+            }
             manifest = {
                 "format": FORMAT,
                 "step": step,
@@ -88,7 +92,7 @@ class CheckpointStore:
                 "files": files,
             }
             _write_json(partial / MANIFEST_FILE, manifest)
-            for path in (*partial.iterdir(), partial):
+            for path in (*partial.rglob("*"), partial):
                 sync(path)
         except BaseException:  # A full disk is full of this: give the space back.
             shutil.rmtree(partial, ignore_errors=True)
@@ -182,7 +186,7 @@ class CheckpointStore:
             step=int(match[1]) if match else -1,
             path=path,
             created_at=float(manifest.get("created_at", path.stat().st_mtime)),
-            bytes=sum(file.stat().st_size for file in path.iterdir() if file.is_file()),
+            bytes=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
             validation_loss=state.get("validation_loss"),
             compared_loss=state.get("compared_loss", state.get("validation_loss")),
             valid=not problems,
@@ -244,10 +248,12 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _check_file(directory: Path, name: str, entry: Any, check_hashes: bool) -> str | None:
-    if Path(name).name != name or name in {".", ".."}:
-        return f"{directory}/{MANIFEST_FILE} names {name!r}; expected plain file names"
     path = directory / name
-    if not isinstance(entry, dict) or path.is_symlink() or not path.is_file():
+    inside = PurePosixPath(name)
+    if inside.is_absolute() or not inside.parts or ".." in inside.parts or inside.as_posix() != name:
+        return f"{directory}/{MANIFEST_FILE} names {name!r}; expected names of files in the checkpoint"
+    linked = path.is_symlink() or any((directory / parent).is_symlink() for parent in inside.parents[:-1])
+    if not isinstance(entry, dict) or linked or not path.is_file():
         return f"{path} is missing or no regular file"
     if path.stat().st_size != entry.get("size"):
         return f"{path} has {path.stat().st_size} bytes; expected {entry.get('size')}: it is truncated or was changed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -14,6 +15,10 @@ class TrainConfig:
 
     steps: int = 1000
     """Optimizer steps of the whole run."""
+    epochs: float | None = None
+    """How often the run sees its training data, in place of `steps`; a last step that is not full goes on with the beginning.
+
+    The data must be there before the training begins: a stream cannot be counted."""
     batch_tokens: int = 65536
     """Tokens per optimizer step, over all micro-batches; a multiple of the sequence length."""
     sequence_length: int | None = None
@@ -46,6 +51,10 @@ class TrainConfig:
     On a CPU with several threads a compiled run is not repeatable to the last bit; an uncompiled one is."""
     gradient_checkpointing: bool = False
     """Whether each block's activations are computed again in the backward pass instead of being kept."""
+    neftune_alpha: float = 0.0
+    """Noise on the embeddings while a model is tuned on conversations (NEFTune), usually 5 to 15; 0 adds none.
+
+    It is uniform in `±alpha / sqrt(L * dim)`, for conversations of L tokens."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_tokens", "micro_batch", "keep_last", "log_every"):
@@ -60,13 +69,22 @@ class TrainConfig:
         for name in ("eval_every", "checkpoint_every", "early_stopping_patience", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; expected zero or a positive whole number")
-        for name in ("grad_clip", "early_stopping_min_delta"):
-            if not getattr(self, name) >= 0:
+        if self.epochs is not None and not 0 < self.epochs < float("inf"):
+            raise ValueError(f"train.epochs is {self.epochs}; expected a positive number, or leave the key out")
+        for name in ("grad_clip", "early_stopping_min_delta", "neftune_alpha"):
+            if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"train.{name} is {getattr(self, name)}; expected zero or a positive number")
         choices = {"precision": ("auto", "float32", "bfloat16", "float16"), "compile": ("auto", "on", "off")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"train.{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
+
+    def steps_of_epochs(self, *, samples_per_epoch: int, samples_per_step: int) -> int:
+        """Optimizer steps in which the run sees each sample `epochs` times; `steps` where it is not given."""
+        if self.epochs is None:
+            return self.steps
+        # Rounded, because 0.1 * 30 is 3.0000000000000004.
+        return max(1, math.ceil(round(self.epochs * samples_per_epoch, 6) / samples_per_step))
 
     def batch_sequences(self, sequence_length: int) -> int:
         """Sequences of ``sequence_length`` tokens per optimizer step.

@@ -51,6 +51,8 @@ class StepSchedule:
     """Factor of every group's top learning rate."""
     momentum: float | None = None
     """Muon's momentum; None leaves the optimizer's own."""
+    number: int = 0
+    """Steps made before this one; random draws of the step follow from it."""
 
 
 @dataclass(frozen=True, kw_only=True)

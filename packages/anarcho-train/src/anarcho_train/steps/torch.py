@@ -43,7 +43,19 @@ class LanguageModel(Protocol):
     def token_logprobs(
         self, tokens: Tensor, targets: Tensor, *, positions: Tensor | None = None, segments: Tensor | None = None
     ) -> Tensor:
-        """Log-probabilities of ``targets``, float32 (batch, length), in nats."""
+        """Log-probabilities of ``targets``, float32 (batch, length), in nats; with `Draws`, it takes them as well."""
+        ...
+
+
+class Draws(Protocol):
+    """Random arrays for the model's ``token_logprobs``, by the names of its arguments; `anarcho_train.draws` has some."""
+
+    def __call__(self, batch: Batch, *, step: int, first_row: int) -> dict[str, np.ndarray]:
+        """Those of a batch, whose rows are those of the step from ``first_row`` on."""
+        ...
+
+    def neutral(self, batch: Batch) -> dict[str, np.ndarray]:
+        """Arrays of the same shapes with which the model computes as without any."""
         ...
 
 
@@ -112,7 +124,8 @@ class TorchStep:
     """`anarcho_train.step.Step` for a torch model and any torch optimizer.
 
     ``save_model`` and ``load_model`` write and read the model's own files, so that the format stays with the model. ``loss`` is that of
-    the stage; left out, of the next token. ``flops`` is the work of the whole run, for `resolve_compile`. ``notify`` receives one sentence
+    the stage; left out, of the next token. ``draws`` are what is random in training, and never in an evaluation.
+    ``flops`` is the work of the whole run, for `resolve_compile`. ``notify`` receives one sentence
     whenever something is worth telling a person.
     """
 
@@ -125,6 +138,7 @@ class TorchStep:
         save_model: Callable[[nn.Module, Path], None],
         load_model: Callable[[nn.Module, Path], None],
         loss: StageLoss | None = None,
+        draws: Draws | None = None,
         flops: float = 0.0,
         notify: Callable[[str], None] = lambda message: None,
     ) -> None:
@@ -136,6 +150,7 @@ class TorchStep:
         self._may_fall_back = config.compile == "auto"
         self._grad_clip = config.grad_clip
         self._save_model, self._load_model, self._notify = save_model, load_model, notify
+        self._draws = draws
         self._loss: StageLoss = NextTokenLoss() if loss is None else loss
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.float16)
         self._logprobs: Callable[..., Tensor] = model.token_logprobs  # type: ignore[assignment]
@@ -151,7 +166,7 @@ class TorchStep:
         weight = float(sum(self._loss.weight(batch) for batch in micro_batches))
         self._apply(schedule)
         try:
-            total = self._accumulate(micro_batches, weight)
+            total = self._accumulate(micro_batches, weight, number=schedule.number)
         except Exception as error:
             if not (
                 self.compiled
@@ -160,7 +175,7 @@ class TorchStep:
             ):
                 raise
             self._leave_compilation(error)
-            total = self._accumulate(micro_batches, weight)
+            total = self._accumulate(micro_batches, weight, number=schedule.number)
         self._may_fall_back = False
         self._scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._grad_clip or float("inf"))
@@ -182,7 +197,7 @@ class TorchStep:
     def evaluate(self, batch: Batch) -> LossSum:
         """The summed loss of a batch."""
         with self._without_update():
-            return self._sums(batch, *self._batch_loss(batch))
+            return self._sums(batch, *self._batch_loss(batch, self._neutral(batch)))
 
     def answer_logprobs(self, batch: Batch) -> np.ndarray:
         """The log-probability of each row's counted targets, ``sum(weights * logprobs)``, float32 (rows,), in nats.
@@ -190,7 +205,7 @@ class TorchStep:
         Of a model that is not trained yet these are the reference's, in the very arithmetic of the training.
         """
         with self._without_update():
-            logprobs = self._forward(batch)
+            logprobs = self._forward(batch, self._neutral(batch))
         return answer_logprobs(logprobs.detach(), self._tensor(batch.weights)).cpu().numpy()
 
     def save(self, directory: Path) -> None:
@@ -224,22 +239,29 @@ class TorchStep:
             if schedule.momentum is not None and "momentum" in group:
                 group["momentum"] = schedule.momentum
 
-    def _accumulate(self, micro_batches: Sequence[Batch], weight: float) -> LossSum:
+    def _accumulate(self, micro_batches: Sequence[Batch], weight: float, *, number: int) -> LossSum:
         self.optimizer.zero_grad(set_to_none=True)
         total = LossSum()
+        first_row = 0
         for batch in micro_batches:
-            loss, measures = self._batch_loss(batch)
+            draws = self._draws(batch, step=number, first_row=first_row) if self._draws else {}
+            first_row += len(batch.tokens)
+            loss, measures = self._batch_loss(batch, draws)
             self._scaler.scale(loss / weight).backward()
             total += self._sums(batch, loss, measures)
         return total
 
-    def _batch_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def _neutral(self, batch: Batch) -> dict[str, np.ndarray]:
+        """A compiled model keeps its training graph in an evaluation, with the arguments that it has there."""
+        return self._draws.neutral(batch) if self._draws and self.compiled else {}
+
+    def _batch_loss(self, batch: Batch, draws: Mapping[str, np.ndarray]) -> tuple[Tensor, dict[str, Tensor]]:
         # What the batch lacks is to be found before the model has worked on it.
         arrays = self._loss.arrays(batch)
-        logprobs = self._forward(batch)
+        logprobs = self._forward(batch, draws)
         return self._loss(logprobs, {name: self._tensor(array) for name, array in arrays.items()})
 
-    def _forward(self, batch: Batch) -> Tensor:
+    def _forward(self, batch: Batch, draws: Mapping[str, np.ndarray]) -> Tensor:
         arrays = {
             "tokens": batch.tokens,
             "targets": batch.targets,
@@ -247,6 +269,7 @@ class TorchStep:
             "segments": batch.segments,
         }
         tensors = {name: self._tensor(array).long() for name, array in arrays.items() if array is not None}
+        tensors |= {name: self._tensor(array) for name, array in draws.items()}
         with self._autocast():
             return self._logprobs(tensors.pop("tokens"), tensors.pop("targets"), **tensors)
 
