@@ -12,7 +12,15 @@ if TYPE_CHECKING:
     from anarcho_tokenize.bpe import StreamDecoder, Tokenizer
     from anarcho_tokenize.buckets import BucketBatches, SequentialBucketBatches
     from anarcho_tokenize.byte_level import ByteLevelTokenizer
-    from anarcho_tokenize.chat import CHAT_TEMPLATE, encode_chat, encode_conversation, encode_preference
+    from anarcho_tokenize.chat import (
+        CHAT_TEMPLATE,
+        encode_answer,
+        encode_chat,
+        encode_conversation,
+        encode_preference,
+        end_of_message,
+        spell_chat,
+    )
     from anarcho_tokenize.config import DataConfig, SourceConfig, TokenizerConfig
     from anarcho_tokenize.corpus import embedded_documents
     from anarcho_tokenize.errors import ShardError, SourceError, TokenizerError
@@ -63,9 +71,11 @@ __all__ = [
     "check_source",
     "compare_tokenizers",
     "embedded_documents",
+    "encode_answer",
     "encode_chat",
     "encode_conversation",
     "encode_preference",
+    "end_of_message",
     "import_tokenizer",
     "inspect_shards",
     "inspect_tokenizer",
@@ -74,6 +84,7 @@ __all__ = [
     "read_documents",
     "read_texts",
     "release",
+    "spell_chat",
     "train_tokenizer",
     "write_shards",
 ]
@@ -83,7 +94,15 @@ _HOMES = {
     "bpe": ("StreamDecoder", "Tokenizer"),
     "buckets": ("BucketBatches", "SequentialBucketBatches"),
     "byte_level": ("ByteLevelTokenizer",),
-    "chat": ("CHAT_TEMPLATE", "encode_chat", "encode_conversation", "encode_preference"),
+    "chat": (
+        "CHAT_TEMPLATE",
+        "encode_answer",
+        "encode_chat",
+        "encode_conversation",
+        "encode_preference",
+        "end_of_message",
+        "spell_chat",
+    ),
     "config": ("DataConfig", "SourceConfig", "TokenizerConfig"),
     "corpus": ("embedded_documents",),
     "errors": ("ShardError", "SourceError", "TokenizerError"),

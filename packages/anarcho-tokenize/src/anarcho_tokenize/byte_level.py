@@ -25,10 +25,12 @@ import numpy as np
 import numpy.typing as npt
 
 from anarcho_tokenize.bpe import check_unicode
-from anarcho_tokenize.chat_format import CHATML_END, chat_format_of
+from anarcho_tokenize.chat_format import CHATML_END, ChatFormat, chat_format_of, is_chatml
+from anarcho_tokenize.chat_template import ChatTemplate, template_of
 from anarcho_tokenize.errors import TokenizerError
 from anarcho_tokenize.normalization import Form
 from anarcho_tokenize.piece_model import BPE, BYTE, CONTROL, NORMAL, USER_DEFINED, Piece, PieceModel
+from anarcho_tokenize.spelling import Spellings
 from anarcho_tokenize.symbols import END, END_OF_TEXT, PAD, UNKNOWN
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -81,7 +83,9 @@ class ByteLevelTokenizer:
         self._may_cut = not any(" " in token for token in tokens)
         self.special_tokens = self._special_tokens(pieces)
         """Name -> id: the vocabulary's own, and those of `symbols` that have a counterpart here."""
-        self.chat_format = chat_format_of(self.special_tokens, self.encode)
+        self.spellings = Spellings(self.piece_model, added_tokens=self.definition.get("added_tokens") or ())
+        """Finds special tokens in what a template wrote."""
+        self.chat_format = self._chat_format(name)
         """How conversations are written; None where that is not known."""
 
     @classmethod
@@ -176,6 +180,33 @@ class ByteLevelTokenizer:
     def merges(self) -> list[str]:
         """The merges in their order, each as two tokens with a space between."""
         return [merge if isinstance(merge, str) else " ".join(merge) for merge in self.definition["model"]["merges"]]
+
+    @property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """The ids that transformers puts before and behind a text, unless it is told to add no special tokens."""
+        if "add_bos_token" in self.settings or "add_eos_token" in self.settings:
+            named = [("add_bos_token", self.bos_id), ("add_eos_token", self.eos_id)]
+            before, behind = ([token] if self.settings.get(key) and token is not None else [] for key, token in named)
+            return before, behind
+        plain = self._tokenizer.encode("x", add_special_tokens=False).ids
+        framed = self._tokenizer.encode("x", add_special_tokens=True).ids
+        start = next(at for at in range(len(framed)) if framed[at : at + len(plain)] == plain)
+        return framed[:start], framed[start + len(plain) :]
+
+    def _chat_format(self, name: str) -> ChatFormat | ChatTemplate | None:
+        template = template_of(self.settings)
+        if template is None or is_chatml(template):
+            return chat_format_of(self.special_tokens, self.encode)
+        keys = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+        pieces = self.piece_model.pieces
+        named = {key: pieces[token].text for key in keys if (token := self.named_token(key)) is not None}
+        return ChatTemplate(
+            template,
+            tokenizer=self,
+            spellings=self.spellings,
+            special_tokens=named,
+            name=f"The chat template of {name}",
+        )
 
     def _stretches(self, text: str) -> Iterator[str]:
         start = 0
