@@ -64,11 +64,21 @@ class Worker:
             on_token(None)
         return request
 
+    def _forget_cancelled(self) -> None:
+        """Drop cancelled requests from the queue at once, or clients that come and go would fill it while all slots are taken."""
+        waiting = self.engine.waiting
+        for request in [request for request in tuple(waiting) if request.cancelled]:
+            waiting.remove(request)
+            request.ended_by = "cancelled"
+            if request.on_token is not None:
+                request.on_token(None)
+
     def _run(self) -> None:
         try:
             while not self._stopping:
                 self._beat = time.monotonic()
                 if self.engine.busy:
+                    self._forget_cancelled()
                     self.engine.step()
                 else:
                     self._work.wait(timeout=IDLE_SECONDS)
