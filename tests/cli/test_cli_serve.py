@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ pytest.importorskip("uvicorn")
 
 from anarcho_cli.commands.serve import serve
 from anarcho_cli.errors import CommandGroup
+from anarcho_cli.serving import app as app_module
 from anarcho_cli.serving import limits as limits_module
 from anarcho_cli.serving.access import Access
 from anarcho_cli.serving.answers import Choice
@@ -227,14 +229,63 @@ def test_a_failure_of_the_generating_thread_reaches_clients_and_health(model: Pa
         assert served.ask("POST", "/v1/chat/completions", CHAT)[0] == 503
 
 
-@pytest.mark.parametrize(
-    ("options", "part"),
-    [(["--host", "0.0.0.0"], "--api-key"), (["--api-key", "naïve"], "ASCII"), (["--context", "65"], "context is 64")],
-)
-def test_a_server_that_would_be_open_or_cannot_work_does_not_start(options, part, model: Path) -> None:
+def command() -> Typer:
     app = Typer(cls=CommandGroup)
     app.command("serve")(serve)
     app.callback()(lambda: None)
-    result = CliRunner().invoke(app, ["serve", str(model), "--device", "cpu", "--port", "0", *options])
+    return app
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["--host", "0.0.0.0"], "--api-key"),
+        (["--api-key", "naïve"], "ASCII"),
+        (["--context", "65"], "context is 64"),
+        (["--allow-origin", "https://a.b/c"], "https://a.b/c"),
+        (["--temperature", "-1"], "temperature"),
+    ],
+)
+def test_a_server_that_would_be_open_or_cannot_work_does_not_start(options, part, model: Path) -> None:
+    result = CliRunner().invoke(command(), ["serve", str(model), "--device", "cpu", "--port", "0", *options])
     assert result.exit_code == 2, result.output
     assert part in result.stderr
+
+
+@pytest.mark.parametrize(("options", "hosts"), [([], True), (["--host", "0.0.0.0", "--api-key", "k"], False)])
+def test_a_server_on_this_machine_alone_goes_by_its_names_alone(options, hosts, model: Path, monkeypatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def record(*_: Any, **given: Any) -> None:
+        seen.update(given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(app_module, "make_app", record)
+    arguments = [
+        "--temperature",
+        "0.5",
+        "--max-new-tokens",
+        "9",
+        "--allow-host",
+        "Me",
+        "--allow-origin",
+        "https://a.b:1",
+    ]
+    result = CliRunner().invoke(command(), ["serve", str(model), "--device", "cpu", *arguments, *options])
+    assert result.exit_code == 130, result.output
+    assert seen["access"].hosts == ({"localhost", "127.0.0.1", "::1", "me"} if hosts else None)
+    assert seen["access"].origins == {"https://a.b:1"}
+    assert (seen["defaults"].temperature, seen["defaults"].max_new_tokens) == (0.5, 9)
+
+
+def test_the_servers_settings_hold_where_a_request_says_nothing_and_bound_its_length(model: Path) -> None:
+    with Served(model, defaults=SamplingConfig(temperature=0, max_new_tokens=5)) as served:
+        body = {"prompt": "the"}
+        texts = {served.ask("POST", "/v1/completions", body)[1]["choices"][0]["text"] for _ in range(3)}
+        _, answer = served.ask("POST", "/v1/completions", {**body, "max_tokens": 50})
+        drawn = {
+            served.ask("POST", "/v1/completions", {**body, "temperature": 2})[1]["choices"][0]["text"] for _ in range(3)
+        }
+    assert len(texts) == 1
+    assert answer["usage"]["completion_tokens"] <= 5
+    assert len(drawn) > 1
