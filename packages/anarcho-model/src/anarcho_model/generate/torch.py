@@ -1,8 +1,9 @@
 """Generating token ids with PyTorch, one prompt as a stream or several at once, from cached keys and values.
 
-Notable: draws use a generator of their own on the CPU, so that a seed gives the same text whatever else is drawn, and a
-row of a batch draws what it would draw alone. Text ends at a stop id, after `max_new_tokens`, or when prompt and text
-fill the model's context.
+Notable: each row draws one number for each token from a generator of its own on the CPU, so that a seed gives the same
+text whatever else is drawn, and a row of a batch draws what it would draw alone; the token is the one at which the sum
+of the probabilities reaches that number, found for all rows at once where their logits are. Text ends at a stop id,
+after `max_new_tokens`, or when prompt and text fill the model's context.
 
 Sources: top-k (Fan et al. 2018, arXiv:1805.04833), top-p (Holtzman et al. 2020, arXiv:1904.09751), min-p (Nguyen et al.
 2024, arXiv:2407.01082).
@@ -13,13 +14,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from anarcho_model.generate.sampling import SamplingConfig, SamplingError
-from anarcho_model.torch import GPT, ContextError, KVCache
+from anarcho_model.generate.stepping.torch import Stepper
+from anarcho_model.torch import GPT, ContextError
 
-__all__ = ["check_prompt", "draw", "generate", "generate_batch", "next_token_probabilities", "seeded_generator"]
+__all__ = ["check_prompt", "draw_tokens", "generate", "generate_batch", "next_token_probabilities", "seeded_generator"]
 
 
 def generate(model: GPT, prompt_ids: Sequence[int], *, config: SamplingConfig) -> Iterator[int]:
@@ -45,6 +47,8 @@ def generate_batch(model: GPT, prompts: Sequence[Sequence[int]], *, config: Samp
         for text, token in zip(texts, tokens, strict=True):
             if token is not None:
                 text.append(token)
+    if rows is not None:
+        rows.stepper.release()
     return texts
 
 
@@ -84,53 +88,81 @@ class _Rows:
         for prompt in prompts:
             check_prompt(prompt, vocab_size=model.config.vocab_size, context_length=context)
         self.rooms = [min(config.max_new_tokens, context - len(prompt)) for prompt in prompts]
-        self.unread = [list(prompt) for prompt in prompts]
-        self.read = [0] * len(prompts)
         capacity = max(len(prompt) + room for prompt, room in zip(prompts, self.rooms, strict=True))
-        self.cache = KVCache(model, batch=len(prompts), capacity=capacity)
+        self.stepper = Stepper.for_text(model, rows=len(prompts), capacity=capacity)
+        self.prompts = prompts
+        self.lengths = [0] * len(prompts)
+        self.unread: list[int | None] = []
         self.generators = [seeded_generator(config.seed, row=row) for row in range(len(prompts))]
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def advance(self) -> list[int | None] | None:
         """The next token of each row, None for a row that has ended; None for all when no row goes on."""
-        if not any(self.rooms):
+        going = [row for row, room in enumerate(self.rooms) if room]
+        if not going:
             return None
-        logits = self._read()
-        drawn = [self._draw(row, logits[row]) if room else None for row, room in enumerate(self.rooms)]
-        self.rooms = [0 if token is None else room - 1 for token, room in zip(drawn, self.rooms, strict=True)]
-        self.unread = [[0 if token is None else token] for token in drawn]
-        return drawn
-
-    def _read(self) -> Float[Tensor, "rows vocab"]:
-        """Read every row's unread tokens and return the logits after them, on the CPU in float32.
-
-        A row that has ended reads id 0 along with the others; at the end of the cache it does so in place.
-        """
-        widths = [len(tokens) for tokens in self.unread]
-        padded = [tokens + [0] * (max(widths) - len(tokens)) for tokens in self.unread]
-        device = self.cache.lengths.device
-        starts = [min(read, self.cache.capacity - 1) for read in self.read]
-        self.cache.lengths = torch.tensor(starts, device=device)
-        hidden = self.model.hidden_states(torch.tensor(padded, device=device), cache=self.cache)
-        self.read = [start + width for start, width in zip(starts, widths, strict=True)]
-        last = hidden[torch.arange(len(widths), device=device), torch.tensor(widths, device=device) - 1]
-        return self.model.unembed(last).float().cpu()
-
-    def _draw(self, row: int, logits: Tensor) -> int | None:
-        token = draw(logits, config=self.config, generator=self.generators[row])
-        return None if token in self.config.stop_token_ids else token
+        if self.unread:
+            logits = self.stepper.step(self.unread, lengths=self.lengths)
+            self.lengths = [n + (token is not None) for n, token in zip(self.lengths, self.unread, strict=True)]
+        else:
+            prompts = [self.prompts[row] for row in going]
+            logits = self.stepper.read(prompts, rows=going, lengths=[0] * len(going))
+            self.lengths = [len(prompt) for prompt in self.prompts]
+        drawn = draw_tokens(logits, configs=[self.config] * len(going), generators=[self.generators[r] for r in going])
+        tokens: list[int | None] = [None] * len(self.rooms)
+        for row, token in zip(going, drawn, strict=True):
+            ended = token in self.config.stop_token_ids
+            tokens[row] = None if ended else token
+            self.rooms[row] = 0 if ended else self.rooms[row] - 1
+        # The last token of a row that has all its tokens is never read, so a row that rests has a free place at its length.
+        self.unread = [token if room else None for token, room in zip(tokens, self.rooms, strict=True)]
+        return tokens
 
 
 def _stream(rows: _Rows) -> Iterator[int]:
-    while (tokens := rows.advance()) is not None and tokens[0] is not None:
-        yield tokens[0]
+    try:
+        while (tokens := rows.advance()) is not None and tokens[0] is not None:
+            yield tokens[0]
+    finally:
+        rows.stepper.release()
 
 
-def draw(logits: Float[Tensor, " vocab"], *, config: SamplingConfig, generator: torch.Generator) -> int:
-    """The next token; with temperature 0 the likeliest one, and then nothing is drawn from the generator."""
-    if config.temperature == 0:
-        return int(logits.argmax())
-    return int(torch.multinomial(next_token_probabilities(logits, config=config), 1, generator=generator))
+def draw_tokens(
+    logits: Float[Tensor, "rows vocab"],
+    *,
+    configs: Sequence[SamplingConfig],
+    generators: Sequence[torch.Generator],
+) -> list[int]:
+    """The next token of each row; with temperature 0 the likeliest one, and then nothing is drawn from the generator."""
+    tokens = [0] * len(configs)
+    for rows in _alike(configs):
+        some = logits if len(rows) == len(tokens) else logits[rows]
+        if configs[rows[0]].temperature == 0:
+            chosen = some.argmax(dim=-1)
+        else:
+            draws = [torch.rand((), generator=generators[row], dtype=torch.float64) for row in rows]
+            chosen = _at(next_token_probabilities(some, config=configs[rows[0]]), torch.stack(draws))
+        for row, token in zip(rows, chosen.tolist(), strict=True):
+            tokens[row] = token
+    return tokens
+
+
+def _alike(configs: Sequence[SamplingConfig]) -> list[list[int]]:
+    """Rows by the settings that decide how they are drawn."""
+    groups: dict[object, list[int]] = {}
+    for row, config in enumerate(configs):
+        filters = (config.top_k, config.top_p, config.min_p) if config.temperature else ()
+        groups.setdefault((config.temperature, *filters), []).append(row)
+    return list(groups.values())
+
+
+def _at(probabilities: Float[Tensor, "rows vocab"], draws: Float[Tensor, " rows"]) -> Int[Tensor, " rows"]:
+    """The token of each row whose share of [0, 1) holds the draw; shares follow each other by id."""
+    sums = probabilities.double().cumsum(dim=-1)
+    total = sums[:, -1:]
+    # Kept under the total against rounding up to it, where no token's share is left.
+    points = torch.minimum(draws.to(sums.device)[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(sums, points, right=True)[:, 0]
 
 
 def seeded_generator(seed: int | None, *, row: int = 0) -> torch.Generator:

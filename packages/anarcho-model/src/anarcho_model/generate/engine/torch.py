@@ -26,8 +26,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from anarcho_model.generate.sampling import SamplingConfig, SamplingError
-from anarcho_model.generate.torch import check_prompt, draw, seeded_generator
-from anarcho_model.torch import GPT, KVCache
+from anarcho_model.generate.stepping.torch import Stepper
+from anarcho_model.generate.torch import check_prompt, draw_tokens, seeded_generator
+from anarcho_model.torch import GPT
 
 __all__ = ["EndedBy", "Engine", "NewToken", "Request"]
 
@@ -113,7 +114,7 @@ class Engine:
         self.model = model
         self.context = model.config.context_length if context is None else context
         self.prefill_tokens = prefill_tokens
-        self.cache = KVCache(model, batch=slots, capacity=self.context)
+        self.stepper = Stepper(model, rows=slots, capacity=self.context)
         self.slots = [_Slot(number) for number in range(slots)]
         self.waiting: deque[Request] = deque()
         self.steps = 0
@@ -144,7 +145,7 @@ class Engine:
         self.waiting.append(request)
         return request
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self) -> bool:
         """Let every request go on by a token, or by a part of its prompt; False if there was nothing to do."""
         self.steps += 1
@@ -153,9 +154,11 @@ class Engine:
         active = [slot for slot in self.slots if slot.request is not None]
         # Both chosen before either is read, so that each request gets one token a step.
         decoding = [slot for slot in active if len(slot.unread) == 1]
-        for group, width in (self._prompts_to_read(active), (decoding, 1)):
-            if group:
-                self._read(group, width)
+        group, width = self._prompts_to_read(active)
+        if group:
+            self._read_prompts(group, width)
+        if decoding:
+            self._decode(decoding)
         return bool(active)
 
     def run(self) -> None:
@@ -194,38 +197,55 @@ class Engine:
         room = [slot for slot in slots if len(slot.held) + width <= self.context]
         return room[: self.prefill_tokens // width], width
 
-    def _read(self, group: list[_Slot], width: int) -> None:
+    def _read_prompts(self, group: list[_Slot], width: int) -> None:
         """Read up to `width` unread tokens of each slot, and draw a token where that was all of them."""
-        cache = self.cache.select([slot.number for slot in group])
-        device = cache.lengths.device
-        cache.lengths = torch.tensor([len(slot.held) for slot in group], device=device)
         parts = [slot.unread[:width] for slot in group]
-        padded = torch.tensor([part + [0] * (width - len(part)) for part in parts], device=device)
-        hidden = self.model.hidden_states(padded, cache=cache)
+        logits = self.stepper.read(
+            parts, rows=[slot.number for slot in group], lengths=[len(slot.held) for slot in group]
+        )
         for slot, part in zip(group, parts, strict=True):
-            slot.held.extend(part)
-            slot.unread, slot.last_used = slot.unread[len(part) :], self.steps
+            self._note(slot, part)
         ready = [row for row, slot in enumerate(group) if not slot.unread]
         if ready:
-            last = torch.tensor([len(parts[row]) - 1 for row in ready], device=device)
-            logits = self.model.unembed(hidden[torch.tensor(ready, device=device), last]).float().cpu()
-            for row, row_logits in zip(ready, logits, strict=True):
-                self._advance(group[row], row_logits)
+            self._advance([group[row] for row in ready], logits if len(ready) == len(group) else logits[ready])
 
-    def _advance(self, slot: _Slot, logits: Float[Tensor, " vocab"]) -> None:
-        request = slot.request
-        assert request is not None
-        token = draw(logits, config=request.config, generator=request.generator)
-        if token in request.config.stop_token_ids:
-            self._end(slot, "stop")
-            return
-        slot.unread = [token]
-        new = _with_logprobs(token, logits, top=request.top_logprobs)
-        request.tokens.append(new)
-        if request.on_token is not None:
-            request.on_token(new)
-        if reason := request.limit():
-            self._end(slot, reason)
+    def _decode(self, group: list[_Slot]) -> None:
+        """Read the one unread token of each slot, and draw the next."""
+        tokens: list[int | None] = [None] * len(self.slots)
+        for slot in group:
+            tokens[slot.number] = slot.unread[0]
+        for slot in self.slots:
+            if tokens[slot.number] is None and len(slot.held) == self.context:
+                slot.held.pop()  # a row that rests needs a place that may be overwritten
+        logits = self.stepper.step(tokens, lengths=[len(slot.held) for slot in self.slots])
+        for slot in group:
+            self._note(slot, slot.unread)
+        self._advance(group, logits)
+
+    def _note(self, slot: _Slot, part: list[int]) -> None:
+        """Remember that the slot has read these tokens."""
+        slot.held.extend(part)
+        slot.unread, slot.last_used = slot.unread[len(part) :], self.steps
+
+    def _advance(self, group: list[_Slot], logits: Float[Tensor, "slots vocab"]) -> None:
+        """Draw the next token of each slot and hand it on."""
+        requests = [slot.request for slot in group if slot.request is not None]
+        tokens = draw_tokens(
+            logits,
+            configs=[request.config for request in requests],
+            generators=[request.generator for request in requests],
+        )
+        news = _with_logprobs(tokens, logits, tops=[request.top_logprobs for request in requests])
+        for slot, request, new in zip(group, requests, news, strict=True):
+            if new.token in request.config.stop_token_ids:
+                self._end(slot, "stop")
+                continue
+            slot.unread = [new.token]
+            request.tokens.append(new)
+            if request.on_token is not None:
+                request.on_token(new)
+            if reason := request.limit():
+                self._end(slot, reason)
 
     def _end(self, slot: _Slot, reason: EndedBy) -> None:
         request, slot.request, slot.unread = slot.request, None, []
@@ -245,8 +265,18 @@ def _common(held: Sequence[int], prompt: Sequence[int]) -> int:
     return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(held), len(prompt)))
 
 
-def _with_logprobs(token: int, logits: Float[Tensor, " vocab"], *, top: int) -> NewToken:
-    logprobs = logits.log_softmax(dim=-1)
-    likeliest = logprobs.topk(top)
-    pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
-    return NewToken(token, float(logprobs[token]), tuple(pairs))
+def _with_logprobs(
+    tokens: Sequence[int], logits: Float[Tensor, "rows vocab"], *, tops: Sequence[int]
+) -> list[NewToken]:
+    """Each row's token with its log-probability, and with as many of the likeliest as it asks for."""
+    sums = logits.logsumexp(dim=-1)
+    own = (logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0] - sums).tolist()
+    news = []
+    for row, (token, top) in enumerate(zip(tokens, tops, strict=True)):
+        pairs: tuple[tuple[int, float], ...] = ()
+        if top:
+            likeliest = logits[row].topk(top)
+            values = (likeliest.values - sums[row]).tolist()
+            pairs = tuple(zip(likeliest.indices.tolist(), values, strict=True))
+        news.append(NewToken(token, own[row], pairs))
+    return news

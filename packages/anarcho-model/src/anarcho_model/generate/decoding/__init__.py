@@ -1,0 +1,1 @@
+"""Reading a few new tokens of each row; one module per framework."""

@@ -1,0 +1,1 @@
+"""A cache and what reads into it; one module per framework."""
