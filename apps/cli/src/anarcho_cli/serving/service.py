@@ -49,12 +49,12 @@ class Service:
 
     @property
     def can_chat(self) -> bool:
-        """Whether the model's vocabulary has tokens for roles."""
-        from anarcho_cli.chatting import ChatError, role_token_ids
+        """Whether conversations can be written for the model."""
+        from anarcho_cli.chatting import role_token_ids
 
         try:
             return bool(role_token_ids(self.writer.tokenizer, vocab_size=self.writer.model.config.vocab_size))
-        except ChatError:
+        except ValueError:
             return False
 
     def check(self, asked: Sampled, *, texts: int) -> None:
