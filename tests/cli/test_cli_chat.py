@@ -211,3 +211,32 @@ def test_somebody_typing_is_prompted_and_an_interrupt_there_does_not_leave(monke
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     assert list(_lines()) == ["the", "/exit"]
     assert "/exit leaves." in capsys.readouterr().err
+
+
+def test_a_question_is_asked_again_or_taken_back(model: Path, tmp_path: Path) -> None:
+    lines = ["the", "/retry", f"/save {tmp_path / 'one'}", "sea", "/undo", f"/save {tmp_path / 'still'}"]
+    result = run(model, "\n".join([*lines, "/undo", "/undo", "/retry", "/history"]), "-n", 4, "--seed", 1)
+    assert result.exit_code == 0, result.output
+    one, still = (json.loads((tmp_path / name).read_text())["messages"] for name in ("one", "still"))
+    assert [item["content"] for item in one][::2] == ["the"]
+    assert still == one
+    first, again, *_ = result.stdout.split("\n")
+    assert first != again == one[1]["content"], "the second answer is drawn anew and takes the place of the first"
+    assert result.stderr.count("nothing was said yet") == 2
+    assert "forgot 'sea'" in result.stderr
+    assert result.stderr.rstrip().endswith("nothing was said yet"), "the history is empty at the end"
+
+
+def test_options_change_within_a_conversation_and_wrong_ones_are_named(model: Path) -> None:
+    lines = ["/set temperature 0", "/set max-new-tokens=3", "/set top-k none", "/set", "the", "/retry"]
+    wrong = ["/set temprature 1", "/set temperature hot", "/set temperature none", "/set top_p 3", "/set seed"]
+    result = run(model, "\n".join([*lines, *wrong, "/history"]), "--top-k", 2, "--system", "brief")
+    assert result.exit_code == 0, result.output
+    assert "temperature 0.0, top_k None, top_p None, min_p None, max_new_tokens 3, seed None" in result.stderr
+    answer, again, _ = result.stdout.split("\n")
+    assert answer == again
+    assert "no option temprature (did you mean 'temperature'?)" in result.stderr
+    assert result.stderr.count("temperature cannot be") == 2
+    assert "top_p cannot be '3'; it stays None" in result.stderr
+    assert "/set seed needs a value" in result.stderr
+    assert result.stderr.endswith(f"system: brief\nuser: the\nassistant: {answer}\n")

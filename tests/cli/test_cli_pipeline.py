@@ -423,15 +423,17 @@ def test_options_may_name_the_output_of_a_stage(chain: Chain) -> None:
     assert len(chain.calls()) == 4, "what an option names is an input"
 
 
-def test_the_example_is_a_whole_chain(anarcho, tmp_path: Path) -> None:
+def test_the_example_is_a_whole_chain(anarcho, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(EXAMPLES.parent)
     line = ["pipeline", "run", EXAMPLES / "quickstart.toml", "--dry-run", "--dir", tmp_path / "out"]
     stages = json.loads(anarcho(*line, "--json").stdout)["stages"]
-    assert [stage["command"] for stage in stages] == ["pretrain", "sft", "preference", "eval", "export"]
+    assert [stage["command"] for stage in stages] == ["tokenizer", "pretrain", "sft", "preference", "eval", "export"]
     assert {stage["action"] for stage in stages} == {"run"}
     table = anarcho(*line).stdout
     assert "huggingface" in table
     assert f"{stages[0]['inputs']['table'][:12]} table" in table
     assert "? stage:base" in table
+    assert "examples/questions.jsonl" in table, "files that an option names are inputs"
     assert not (tmp_path / "out").exists()
     subprocess.run(["sh", "-n", EXAMPLES / "quickstart.sh"], check=True)
 

@@ -12,6 +12,8 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from anarcho_cli.layers import suggestion
+
 if TYPE_CHECKING:
     from anarcho_model.generate.engine.torch import Request
     from anarcho_model.generate.sampling import SamplingConfig
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 ANSWER_SHARE = 4
 """A part of this size of the context is kept free for an answer, or `max_new_tokens` where that is less."""
+OPTIONS = {"temperature": float, "top_k": int, "top_p": float, "min_p": float, "max_new_tokens": int, "seed": int}
+"""What can be changed within a conversation, and how its value is read."""
 
 
 class ChatError(ValueError):
@@ -71,6 +75,28 @@ class Chat:
         finally:
             request.cancel()
             self.messages.append(Message("assistant", "".join(pieces)))
+
+    def undo(self) -> str:
+        """Forget the last question with its answer; returns that question. Raises ChatError where there is none."""
+        if not self.messages:
+            raise ChatError("nothing was said yet")
+        question = self.messages[-2].content
+        del self.messages[-2:]
+        return question
+
+    def set_option(self, name: str, value: str) -> None:
+        """Answer otherwise from now on, by an option of the command, such as temperature; `none` takes a bound away.
+
+        Raises ChatError for a name or a value that there is not.
+        """
+        field = name.removeprefix("--").replace("-", "_")
+        if field not in OPTIONS:
+            raise ChatError(f"there is no option {name}{suggestion(field, OPTIONS)}; expected {', '.join(OPTIONS)}")
+        try:
+            number = None if value.lower() == "none" else OPTIONS[field](value)
+            self.config = dataclasses.replace(self.config, **{field: number})
+        except (TypeError, ValueError) as error:
+            raise ChatError(f"{name} cannot be {value!r}; it stays {getattr(self.config, field)}") from error
 
     def reset(self) -> None:
         """Forget what was said; the system message stays."""

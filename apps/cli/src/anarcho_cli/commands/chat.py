@@ -18,12 +18,16 @@ if TYPE_CHECKING:
     from anarcho_cli.chatting import Chat
 
 HELP = """\
-/help          this list
-/reset         forget the conversation; the system message stays
-/system TEXT   set the system message; without a text, take it away
-/save FILE     write the conversation as a line of JSON
-/load FILE     go on with a conversation from a file
-/exit          leave, as the end of the input does
+/help            this list
+/retry           answer the last message again
+/undo            forget the last message with its answer
+/reset           forget the conversation; the system message stays
+/history         show what was said
+/system TEXT     set the system message; without a text, take it away
+/set NAME VALUE  change temperature, top-k, top-p, min-p, max-new-tokens or seed; alone, show them
+/save FILE       write the conversation as a line of JSON
+/load FILE       go on with a conversation from a file
+/exit            leave, as the end of the input does
 A message that begins with a slash is written with two. Ctrl-C stops an answer."""
 
 
@@ -120,17 +124,64 @@ def _obey(conversation: Chat, line: str) -> None:
         match command:
             case "/help":
                 note(HELP)
+            case "/retry":
+                _answer(conversation, conversation.undo())
+            case "/undo":
+                note(f"forgot {_quoted(conversation.undo())}")
             case "/reset":
                 conversation.reset()
+            case "/history":
+                _show_history(conversation)
+            case "/set":
+                _set(conversation, value)
             case "/system":
                 conversation.system = value
             case "/save" | "/load" if not value:
                 note(f"{command} needs the name of a file")
             case "/save":
                 conversation.save(Path(value).expanduser())
+                note(f"saved {_turns(conversation)} to {value}")
             case "/load":
                 conversation.load(Path(value).expanduser())
+                note(f"loaded {_turns(conversation)} from {value}")
             case _:
                 note(f"there is no command {command}; /help lists them, and // begins a message with a slash")
     except (OSError, ValueError) as error:
         note(explain(error)[0])
+
+
+def _set(conversation: Chat, value: str) -> None:
+    """Change an option, or show all where none is named."""
+    from anarcho_cli.chatting import OPTIONS
+    from anarcho_cli.output import note
+
+    name, _, new = value.replace("=", " ", 1).partition(" ")
+    if new.strip():
+        conversation.set_option(name, new.strip())
+    elif name:
+        note(f"/set {name} needs a value")
+    else:
+        note(", ".join(f"{option} {getattr(conversation.config, option)}" for option in OPTIONS))
+
+
+def _show_history(conversation: Chat) -> None:
+    """All messages on standard error, those that the model no longer reads included."""
+    from anarcho_cli.output import printable
+
+    if conversation.system:
+        typer.echo(f"system: {printable(conversation.system)}", err=True)
+    for message in conversation.messages:
+        typer.echo(f"{message.role}: {printable(message.content)}", err=True)
+
+
+def _turns(conversation: Chat) -> str:
+    count = len(conversation.messages) // 2
+    return f"{count} {'turn' if count == 1 else 'turns'}"
+
+
+def _quoted(text: str) -> str:
+    """A message on one line, cut where it is long."""
+    from anarcho_cli.output import printable
+
+    line = " ".join(printable(text).split())
+    return repr(line if len(line) <= 60 else f"{line[:57]}...")

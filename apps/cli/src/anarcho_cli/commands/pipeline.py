@@ -39,6 +39,7 @@ def run(
     from anarcho_cli.output import duration_text, note, print_json
     from anarcho_cli.pipeline.definition import load_pipeline
     from anarcho_cli.pipeline.execution import default_directory, run_pipeline
+    from anarcho_cli.pipeline.summary import trial_command
 
     pipeline = load_pipeline(file, options=lambda words: _options_of(ctx.find_root().command, words))
     directory = directory or default_directory(pipeline)
@@ -50,6 +51,8 @@ def run(
         skipped = sum(step.action == "skip" for step in outcome.steps)
         ran = len(outcome.steps) - skipped
         note(f"done: {ran} stages run, {skipped} skipped, {duration_text(outcome.seconds)}")
+        if (command := trial_command(pipeline, directory)) is not None:
+            note(f"try the model with {command}")
     if json:
         print_json(outcome.to_dict())
     else:

@@ -25,6 +25,7 @@ from anarcho_cli.pipeline.planning import Planner, Step, make_plan
 from anarcho_cli.pipeline.process import Processes, anarcho
 from anarcho_cli.pipeline.stage_commands import REPORT_FILE, Output
 from anarcho_cli.pipeline.state import Record, State, load_state
+from anarcho_cli.pipeline.summary import report_lines
 
 STANDARD_ERROR = 2
 
@@ -140,6 +141,8 @@ class _Run:
             )
         if status == 0:
             note(f"{stage.name} is complete after {duration_text(record.seconds)}: {self.directory / stage.name}")
+            for line in report_lines(self.directory / stage.name / REPORT_FILE):
+                note(f"  {line}")
         return status
 
     def _launch(self, stage: Stage, line: list[str], record: Record) -> int:
