@@ -149,13 +149,14 @@ def test_other_routes_and_methods_are_refused_in_json(served: Served) -> None:
         b"content-length: 0x10\r\n",
         b"content-length: " + b"9" * 100 + b"\r\n",
         b"transfer-encoding: gzip\r\n",
-        b"x: " + b"y" * 100_000 + b"\r\n",
+        b"x: " + b"y" * 1_000_000 + b"\r\n",
         b"x y: z\r\n",
         b"host: another\r\n",
     ],
 )
 def test_headers_that_could_be_read_in_two_ways_end_the_connection(head: bytes, served: Served) -> None:
-    answer = answer_to(served, POST + head + b"\r\n" + ASKED)
+    length = b"" if b"length" in head or b"encoding" in head else b"content-length: %d\r\n" % len(ASKED)
+    answer = answer_to(served, POST + head + length + b"\r\n" + ASKED)
     assert answer[:12] in (b"HTTP/1.1 400", b"HTTP/1.1 413", b"HTTP/1.1 431", b"HTTP/1.1 501"), answer
 
 

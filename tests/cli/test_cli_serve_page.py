@@ -139,8 +139,10 @@ def test_stop_ends_an_answer_keeps_what_is_there_and_frees_the_slot(page: Any, s
 def test_regenerate_replaces_the_last_answer_and_edit_the_last_question(page: Any) -> None:
     ask(page, "the whale")
     ask(page, "the ship")
-    page.click("#regenerate")
+    page.focus("#regenerate")
+    page.keyboard.press("Enter")
     page.wait_for_selector("#regenerate")
+    page.wait_for_selector("#message:focus")
     assert page.locator("article").count() == 4
     page.press("#message", "ArrowUp")
     page.locator(".edit textarea").press("Escape")
