@@ -44,11 +44,9 @@ def encode_continuation(tokenizer: AnyTokenizer, context: str, continuation: str
 
 def encode_answer(tokenizer: AnyTokenizer, prompt: Sequence[Message], answer: Sequence[Message]) -> Request:
     """The tokens of an answer that training would count are predicted, which are those of the assistant's messages in it."""
-    from anarcho_tokenize import encode_conversation
+    from anarcho_tokenize import encode_answer as encode_said
 
-    before, _ = encode_conversation(tokenizer, prompt)
-    said, counted = encode_conversation(tokenizer, answer)
-    places = len(before) + np.flatnonzero(counted)
+    ids, counted = encode_said(tokenizer, prompt, answer)
+    places = np.flatnonzero(counted)
     first, stop = int(places[0]), int(places[-1]) + 1
-    mask = counted[first - len(before) : stop - len(before)].astype(np.bool_)
-    return Request(tokens=np.concatenate([before, said])[:stop], first_target=first, mask=mask)
+    return Request(tokens=ids[:stop], first_target=first, mask=counted[first:stop].astype(np.bool_))
