@@ -117,7 +117,10 @@ def test_what_is_taken_absent_or_unknown_is_refused(model: Path, refused, tmp_pa
         "import", tmp_path / "x", "--out", tmp_path / "y"
     )
     assert "exists already" in refused("import", model, "--out", tmp_path)
-    assert "f32, f16, bf16, q8_0" in refused("export", model, "--to", "gguf", "--type", "q4_k", "--out", tmp_path / "z")
+    small = refused("export", model, "--to", "gguf", "--type", "q4_k_m", "--out", tmp_path / "z")
+    assert "q4_1, q4_0" in small
+    assert "llama-quantize" in small
+    assert "bfloat16" in refused("export", model, "--to", "hf", "--type", "q8_0", "--out", tmp_path / "z")
     assert "exists already" in refused("export", model, "--to", "hf", "--out", tmp_path)
     assert "config.json not found" in refused("import", tmp_path, "--out", tmp_path / "y")
     assert not list(tmp_path.iterdir())

@@ -75,7 +75,18 @@ def test_transformers_computes_the_same_logits_from_the_file(build, options, tmp
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("element_type", "error"), [("f16", 2e-3), ("bf16", 2e-2), ("q8_0", 2e-2)])
+@pytest.mark.parametrize(
+    ("element_type", "error"),
+    [
+        ("f16", 2e-3),
+        ("bf16", 2e-2),
+        ("q8_0", 2e-2),
+        ("q5_1", 4e-2),
+        ("q5_0", 8e-2),
+        ("q4_1", 8e-2),
+        ("q4_0", 2e-1),
+    ],
+)
 def test_smaller_types_round_and_leave_norms_alone(build, element_type, error, tmp_path):
     model = build(hidden_dim=48)
     again = read(write(model, tmp_path / "model.gguf", element_type=element_type)).state_dict()
@@ -88,6 +99,20 @@ def test_matrices_without_whole_blocks_are_written_as_float16(build, tmp_path):
     path = write(build(hidden_dim=48), tmp_path / "model.gguf", element_type="q8_0")
     types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
     assert (types["blk.0.ffn_down.weight"], types["blk.0.ffn_up.weight"]) == ("F16", "Q8_0")
+
+
+@pytest.mark.parametrize("element_type", ["q5_1", "q5_0", "q4_1", "q4_0"])
+def test_in_small_types_the_embedding_stays_wider(build, element_type, tmp_path):
+    path = write(build(hidden_dim=64), tmp_path / "model.gguf", element_type=element_type)
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    assert (types["token_embd.weight"], types["blk.0.ffn_up.weight"]) == ("Q8_0", element_type.upper())
+    assert types["output_norm.weight"] == "F32"
+
+
+@pytest.mark.parametrize("element_type", ["q4_k", "q4_k_m", "Q6_K", "iq4_xs", "tq1_0", "mxfp4"])
+def test_for_types_that_only_llama_cpp_makes_its_command_is_named(build, element_type, tmp_path):
+    with pytest.raises(GgufError, match=rf"q4_0; for {element_type}, .*`llama-quantize .* {element_type.upper()}`"):
+        write(build(), tmp_path / "model.gguf", element_type=element_type)
 
 
 @pytest.mark.parametrize("scaling", [RopeScaling(kind="linear", factor=3.0), LLAMA3], ids=lambda scaling: scaling.kind)
@@ -175,7 +200,7 @@ def test_a_file_is_written_only_whole_and_only_where_none_is(build, tmp_path):
     weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     settings = {"tokenizer": tokenizer_of(model.config), "name": "small"}
     with pytest.raises(GgufError, match=f"expected one of {', '.join(ELEMENT_TYPES)}"):
-        write_gguf(model.config, weights.__getitem__, path, element_type="q4_k", **settings)
+        write_gguf(model.config, weights.__getitem__, path, element_type="int4", **settings)
     with pytest.raises(GgufError, match=r"holds 0 tokens, expected the model's 67"):
         write_gguf(model.config, weights.__getitem__, path, tokenizer={}, name="small")
     assert not path.exists()

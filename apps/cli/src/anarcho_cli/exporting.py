@@ -82,9 +82,9 @@ def _remove(path: Path) -> None:
 def _stop_ids(model: Path, tokenizer: Any) -> list[int]:
     """What ends a text or an answer: other programs know no conversations but by these."""
     from anarcho_model.directory import load_stop_token_ids
-    from anarcho_tokenize.symbols import END
+    from anarcho_tokenize import end_of_message
 
-    end = tokenizer.special_tokens.get(END)
+    end = end_of_message(tokenizer)
     return list(dict.fromkeys([*load_stop_token_ids(model), tokenizer.eot_id, *([] if end is None else [end])]))
 
 

@@ -72,7 +72,7 @@ def _from_gguf(source: Path) -> Foreign:
         config=model.config,
         tokenizer=tokenizer,
         tensors={name: torch.from_numpy(tensor) for name, tensor in model.tensors()},
-        stop_ids=_unique([*(token for token in named if token is not None), tokenizer.eot_id]),
+        stop_ids=_stops(tokenizer, [token for token in named if token is not None]),
         stored_as=", ".join(model.element_types),
     )
 
@@ -90,13 +90,19 @@ def _from_directory(source: Path) -> Foreign:
         config=config,
         tokenizer=tokenizer,
         tensors=tensors,
-        stop_ids=_unique([*load_stop_token_ids(source), tokenizer.eot_id]),
+        stop_ids=_stops(tokenizer, load_stop_token_ids(source)),
         stored_as=", ".join(sorted(types)),
     )
 
 
-def _unique(ids: Sequence[int]) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(ids))
+def _stops(tokenizer: AnyTokenizer, named: Sequence[int]) -> tuple[int, ...]:
+    """What a model was found to stop at, the end of a text, and what its chat template ends a message with."""
+    from anarcho_tokenize import end_of_message
+    from anarcho_tokenize.chat_template import ChatTemplate
+
+    known = tokenizer.chat_format is not None and isinstance(tokenizer.chat_format, ChatTemplate)
+    end = end_of_message(tokenizer) if known else None
+    return tuple(dict.fromkeys([*named, tokenizer.eot_id, *([] if end is None else [end])]))
 
 
 def _with_rows(foreign: Foreign) -> Foreign:

@@ -5,6 +5,7 @@ What is notable:
 * A SentencePiece model of the kind BPE is llama.cpp's "llama", with scores and kinds of pieces; a byte-level one is its "gpt2", with
   merges and the name of a pre-tokenizer, of which the four below are known. Anything else is refused.
 * The metadata do not hold all: `differences` names what llama.cpp does otherwise.
+* The chat template of this project is written without the block `generation`, which bare Jinja, as llama-cpp-python uses it, refuses.
 * A model may have more rows than its tokenizer has tokens; the rest are unused tokens here, and dropped again when they are read.
 
 Sources: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; for the pre-tokenizers' patterns src/llama-vocab.cpp of llama.cpp,
@@ -16,7 +17,8 @@ from typing import Any
 
 from anarcho_tokenize.bpe import Tokenizer
 from anarcho_tokenize.byte_level import ByteLevelTokenizer
-from anarcho_tokenize.chat import CHAT_TEMPLATE
+from anarcho_tokenize.chat import CHAT_TEMPLATE, end_of_message
+from anarcho_tokenize.chat_template import template_of
 from anarcho_tokenize.errors import TokenizerError
 from anarcho_tokenize.loading import AnyTokenizer
 from anarcho_tokenize.piece_model import BPE, CONTROL, NORMAL, UNUSED, USER_DEFINED, Piece, bpe_model
@@ -48,6 +50,7 @@ _PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
 _KEYS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 """Names in tokenizer_config.json -> in GGUF, without `tokenizer.ggml.` and `_token_id`."""
 _TEMPLATE = "tokenizer.chat_template"
+_BARE_TEMPLATE = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 
 
 def tokenizer_of_fields(fields: Mapping[str, Any], *, name: str) -> AnyTokenizer:
@@ -137,7 +140,7 @@ def _fields_of_pieces(tokenizer: Tokenizer) -> dict[str, Any]:
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.ggml.add_eos_token": False,
         "tokenizer.ggml.add_space_prefix": model.dummy_prefix,
-        _TEMPLATE: CHAT_TEMPLATE,
+        _TEMPLATE: _BARE_TEMPLATE,
     }
 
 
@@ -217,7 +220,9 @@ def _fields_of_bytes(tokenizer: ByteLevelTokenizer) -> dict[str, Any]:
     for key, gguf_key in _KEYS.items():
         if (number := tokenizer.named_token(key)) is not None:
             fields[f"tokenizer.ggml.{gguf_key}_token_id"] = number
-    if isinstance(template := tokenizer.settings.get("chat_template"), str):
+    if (end := end_of_message(tokenizer)) is not None:
+        fields["tokenizer.ggml.eot_token_id"] = end
+    if (template := template_of(tokenizer.settings)) is not None:
         fields[_TEMPLATE] = template
     return fields
 

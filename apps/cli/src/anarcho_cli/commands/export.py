@@ -23,7 +23,6 @@ class Form(StrEnum):
 _TYPES = {
     Form.hf: ("float32", "bfloat16", "float16"),
     Form.mlx: ("float32", "bfloat16", "float16"),
-    Form.gguf: ("f32", "f16", "bf16", "q8_0"),
 }
 
 
@@ -39,7 +38,8 @@ def export(
         str | None,
         typer.Option(
             "--type",
-            help="float32, bfloat16 or float16, by default as it is; for GGUF f32, f16 (the default), bf16 or q8_0.",
+            help="float32, bfloat16 or float16, by default as it is; for GGUF f32, f16 (the default), bf16, q8_0, q5_1, "
+            "q5_0, q4_1 or q4_0.",
         ),
     ] = None,
     licence: Annotated[str | None, typer.Option("--license", help="Licence to name, such as `mit`.")] = None,
@@ -51,7 +51,11 @@ def export(
     from anarcho_cli.output import note, print_json
     from anarcho_cli.places import refuse_existing
 
-    if element_type is not None and element_type not in _TYPES[to]:
+    if to is Form.gguf:
+        from anarcho_model.gguf.writing import check_element_type
+
+        check_element_type(element_type or "f16")
+    elif element_type is not None and element_type not in _TYPES[to]:
         raise ExportError(f"--type is {element_type!r}; expected one of {', '.join(_TYPES[to])} for --to {to.value}")
     refuse_existing(out, option="--out")
     directory = find_model(model, which=checkpoint)

@@ -1,12 +1,14 @@
 """Writing a model as GGUF, which llama.cpp and what is built on it run.
 
 Notable: tensors are taken one at a time. Norms stay float32 in every type, as in llama.cpp's own files; a matrix whose rows are no
-    multiple of the 32 values of a Q8_0 block is written as float16. Types of fewer bits are made from an f16 file by
-    `llama-quantize`, since the k-quants need its code.
+    multiple of the 32 values of a block is written as float16. In the types of 4 and 5 bits, the embedding and the output layer are
+    Q8_0, for they suffer most (llama.cpp keeps them wider, too). The k-quants are left to `llama-quantize`, for the library `gguf`
+    reads them only.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,14 @@ import numpy.typing as npt
 from anarcho_model.config import ModelConfig
 from anarcho_model.gguf.layout import ROPE_FACTORS, GgufError, gguf_names, load_gguf, to_pairs
 
-__all__ = ["ELEMENT_TYPES", "GgufError", "write_gguf"]
+__all__ = ["ELEMENT_TYPES", "GgufError", "check_element_type", "write_gguf"]
 
-ELEMENT_TYPES = ("f32", "f16", "bf16", "q8_0")
-_FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
+_FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q5_1": 9, "q5_0": 8, "q4_1": 3, "q4_0": 2}
 """Numbers of llama.cpp's `general.file_type`."""
+ELEMENT_TYPES = tuple(_FILE_TYPES)
+_LEFT_TO_LLAMA_CPP = re.compile(r"(q[2-6]_k|iq[1-4]|tq[12]_).*|mxfp4|nvfp4")
+"""Types that the library only reads, or that are for models which were trained for them."""
+_OUTER = ("model.embed_tokens.weight", "lm_head.weight")
 _BLOCK_VALUES = 32
 
 
@@ -42,8 +47,7 @@ def write_gguf(
     Raises:
         GgufError: `element_type` is none of ELEMENT_TYPES, or the tokenizer has another number of tokens than the model.
     """
-    if element_type not in ELEMENT_TYPES:
-        raise GgufError(f"the type is {element_type!r}, expected one of {', '.join(ELEMENT_TYPES)}.")
+    check_element_type(element_type)
     tokens = len(tokenizer.get("tokenizer.ggml.tokens", ()))
     if tokens != config.vocab_size:
         raise GgufError(f"tokenizer.ggml.tokens holds {tokens} tokens, expected the model's {config.vocab_size}.")
@@ -65,6 +69,18 @@ def write_gguf(
         _write_tensors(gguf, writer, config, read_tensor, element_type)
     finally:
         writer.close()
+
+
+def check_element_type(name: str) -> None:
+    """Raise GgufError for a type that cannot be written, with the way there where llama.cpp has it."""
+    if name in ELEMENT_TYPES:
+        return
+    known = f"the type is {name!r}, expected one of {', '.join(ELEMENT_TYPES)}"
+    if _LEFT_TO_LLAMA_CPP.fullmatch(name.lower()):
+        raise GgufError(
+            f"{known}; for {name}, write f16 and run llama.cpp's `llama-quantize model.gguf small.gguf {name.upper()}`."
+        )
+    raise GgufError(f"{known}.")
 
 
 def _add_config(writer: Any, config: ModelConfig, linear: Any) -> None:
@@ -104,7 +120,9 @@ def _write_tensors(
     if factors is not None:
         writer.add_tensor_info(ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
     names, shapes = gguf_names(config), config.tensor_shapes()
-    types = {name: gguf.GGMLQuantizationType[_type_of(shape, element_type).upper()] for name, shape in shapes.items()}
+    types = {
+        name: gguf.GGMLQuantizationType[_type_of(name, shape, element_type).upper()] for name, shape in shapes.items()
+    }
     for name, shape in shapes.items():
         kind = types[name]
         byte_shape = gguf.quants.quant_shape_to_byte_shape(shape, kind)
@@ -120,10 +138,14 @@ def _write_tensors(
         writer.write_tensor_data(gguf.quantize(weight, types[name]))
 
 
-def _type_of(shape: tuple[int, ...], element_type: str) -> str:
+def _type_of(name: str, shape: tuple[int, ...], element_type: str) -> str:
     if len(shape) == 1:
         return "f32"
-    return "f16" if element_type == "q8_0" and shape[-1] % _BLOCK_VALUES else element_type
+    if not element_type.startswith("q"):
+        return element_type
+    if shape[-1] % _BLOCK_VALUES:
+        return "f16"
+    return "q8_0" if name in _OUTER else element_type
 
 
 def _rope_factors(config: ModelConfig) -> npt.NDArray[np.float32] | None:
