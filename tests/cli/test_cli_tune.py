@@ -105,3 +105,92 @@ def test_preferences_are_learned_from_the_base_models_own_view(base: Path, tmp_p
     assert "kl" in json.loads(first)
     free = json.loads(anarcho(*common, "--name", "free", *options, "--set", "preference.loss=simpo", "--json").stdout)
     assert not (Path(free["run_directory"]) / "reference").exists(), "this loss needs none"
+
+
+def conversations(folder: Path) -> Path:
+    """Forty questions with one answer, as a file."""
+    rows = [
+        {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "whale"}]}
+        for n in range(40)
+    ]
+    data = folder / "chat.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return data
+
+
+ADAPTED = {
+    "lora.rank": 8,
+    "lora.alpha": 32,
+    "lora.dropout": 0.1,
+    "train.neftune_alpha": 1.0,
+    "train.epochs": 20,
+    "train.batch_tokens": 128,
+    "train.eval_every": 0,
+    "train.log_every": 1,
+    "optim.adamw_lr": 0.05,
+    "optim.warmup_steps": 2,
+    "data.validation_fraction": 0.2,
+    "sample.max_new_tokens": 8,
+}
+
+
+def test_an_adapter_alone_learns_the_answers_and_the_checkpoint_is_a_whole_model(base, tmp_path, anarcho) -> None:
+    import torch
+    from anarcho_model.lora.peft import load_adapter
+    from anarcho_model.lora.torch import add_adapter
+    from anarcho_model.weights import load_pretrained
+
+    options = [part for key, value in ADAPTED.items() for part in ("--set", f"{key}={value}")]
+    common = ["sft", "--from", base, "--data", conversations(tmp_path), "--runs-dir", tmp_path / "runs", *options]
+    plan = json.loads(anarcho(*common, "--dry-run", "--json").stdout)
+    assert plan["trained_parameters"] == 8 * (4 * (32 + 32) + 3 * (32 + 48))
+    assert plan["memory_bytes"]["gradients"] == 4 * plan["trained_parameters"]
+    assert not (tmp_path / "runs").exists()
+    result = anarcho(*common, "--name", "a", "--json")
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout)
+    assert summary["steps"] == plan["steps"] > 12
+    checkpoint = Path(summary["checkpoint"])
+    records = [json.loads(line) for line in (tmp_path / "runs" / "a" / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in records if record["kind"] == "train"]
+    assert losses[-1] < losses[0] - 0.2, "the base has learned nothing, and its embeddings are frozen"
+    assert "lr_adapter" in next(record for record in records if record["kind"] == "train")
+    tokens = torch.arange(40)[None]
+    model = load_pretrained(base)
+    before = model(tokens)
+    from anarcho_cli.config import load
+
+    add_adapter(model, load(tmp_path / "runs" / "a" / "config.toml").lora, seed=1)
+    load_adapter(model, checkpoint / "adapter")
+    merged = load_pretrained(checkpoint)
+    torch.testing.assert_close(merged(tokens), model(tokens), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(merged(tokens), before, atol=1e-2)
+    frozen = "model.embed_tokens.weight"
+    assert torch.equal(merged.state_dict()[frozen], load_pretrained(base).state_dict()[frozen])
+    assert anarcho("generate", tmp_path / "runs" / "a", "1?", "--max-new-tokens", "2").exit_code == 0
+
+
+def test_what_cannot_be_adapted_or_counted_is_refused(base: Path, tmp_path: Path, refused) -> None:
+    tune = ("sft", "--from", base)
+    assert "lora.rank is 64, more than" in refused(*tune, "--set", "lora.rank=64")
+    assert "begins without a model to adapt" in refused("pretrain", "--set", "lora.rank=4")
+    assert "lora.targets" in refused(*tune, "--set", 'lora.targets=["head"]')
+    assert "streamed" in refused(*tune, "--set", "train.epochs=2", "--set", "data.streaming=true")
+    both = ("--set", "train.epochs=2", "--set", "train.steps=5")
+    assert "both train.steps and train.epochs" in refused(*tune, *both)
+    preference = ("preference", "--from", base, "--set", "train.neftune_alpha=5.0")
+    assert "tuning on conversations" in refused(*preference)
+
+
+def test_of_steps_and_epochs_the_later_layer_counts_and_is_written_alone(tmp_path: Path) -> None:
+    from anarcho_cli.config import dumps, loads, resolve
+
+    epochs = resolve(preset="sft", overrides=["train.epochs=2"])
+    assert epochs.train.epochs == 2
+    assert "\nsteps" not in dumps(epochs)
+    assert loads(dumps(epochs), origin="run") == epochs
+    (tmp_path / "my.toml").write_text("[train]\nepochs = 2\nmicro_batch = 1\n")
+    steps = resolve(preset="sft", file=tmp_path / "my.toml", overrides=["train.steps=9"])
+    assert (steps.train.epochs, steps.train.steps) == (None, 9)
+    assert loads(dumps(steps), origin="run") == steps
+    assert resolve(preset="sft", file=tmp_path / "my.toml").train.epochs == 2

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import shutil
 import signal
+import tempfile
 import time
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -122,7 +123,30 @@ def _prepare_tokenizer(run_directory: Path, config: RunConfig) -> None:
     staging.rename(directory)
 
 
+def with_counted_steps(config: RunConfig, *, tokenizer_path: Path | None) -> RunConfig:
+    """The configuration with the steps that its epochs come to: the data is prepared as for a run, in a temporary directory."""
+    note("counting the samples of an epoch; this prepares the data as the run will")
+    with tempfile.TemporaryDirectory(prefix="anarcho-") as folder:
+        if tokenizer_path is not None:
+            load_tokenizer(tokenizer_path).save(Path(folder) / TOKENIZER)
+        _prepare_tokenizer(Path(folder), config)
+        with _open_data(Path(folder), config) as data:
+            return _with_steps(config, data)
+
+
+def _with_steps(config: RunConfig, data: RunData) -> RunConfig:
+    """The configuration with the number of steps that `train.epochs` comes to."""
+    if config.train.epochs is None:
+        return config
+    assert data.samples_per_epoch is not None, "a configuration with epochs has data that can be counted"
+    steps = config.train.steps_of_epochs(
+        samples_per_epoch=data.samples_per_epoch, samples_per_step=data.samples_per_step or config.batch_sequences
+    )
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
+
+
 def _train(run_directory: Path, config: RunConfig, data: RunData, *, device: str, started: float) -> RunSummary:
+    config = _with_steps(config, data)
     tokenizer = load_tokenizer(run_directory / TOKENIZER)
     require_prompt(config, tokenizer)
     base = run_directory / BASE

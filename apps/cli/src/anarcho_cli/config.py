@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from anarcho_model import InitConfig, ModelConfig
+from anarcho_model import InitConfig, LoraConfig, ModelConfig
+from anarcho_model.flops import training_flops_per_token
 from anarcho_model.generate.sampling import SamplingConfig
+from anarcho_model.lora.config import adapter_shapes
 from anarcho_monitor import MonitorConfig
 from anarcho_optim import OptimConfig
 from anarcho_tokenize import DataConfig, TokenizerConfig
@@ -66,6 +68,7 @@ class RunConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     init: InitConfig = field(default_factory=InitConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -86,6 +89,17 @@ class RunConfig:
                 f"model.vocab_size is {self.model.vocab_size}, smaller than tokenizer.vocab_size "
                 f"{self.tokenizer.vocab_size}; leave model.vocab_size out, it follows the tokenizer"
             )
+        if self.train.epochs is not None and self.data.streams:
+            raise ConfigError(
+                f"train.epochs is {self.train.epochs}, but {self.data.name} is streamed and its samples cannot be counted "
+                "before the training; expected train.steps, or data.streaming = false"
+            )
+        if self.train.neftune_alpha and self.data.kind != "chat":
+            raise ConfigError(
+                f"train.neftune_alpha is {self.train.neftune_alpha}, but data.kind is '{self.data.kind}'; expected 0, as this "
+                "noise is for tuning on conversations (anarcho sft)"
+            )
+        adapter_shapes(self.model, self.lora)
 
     @property
     def sequence_length(self) -> int:
@@ -101,6 +115,18 @@ class RunConfig:
     def total_tokens(self) -> int:
         """Tokens that the whole run trains on, repetitions included."""
         return self.train.steps * self.train.batch_tokens
+
+    @property
+    def flops_per_token(self) -> int:
+        """Floating-point operations of the training for a token."""
+        return training_flops_per_token(self.model, self.sequence_length, frozen=self.lora.rank > 0)
+
+    @property
+    def trained_parameters(self) -> int:
+        """Numbers that the run learns: all of the model's, or the adapter's."""
+        if not self.lora.rank:
+            return self.model.num_parameters
+        return sum(rows * columns for rows, columns in adapter_shapes(self.model, self.lora).values())
 
 
 SECTIONS: dict[str, type] = typing.get_type_hints(RunConfig)
@@ -137,7 +163,7 @@ def load(path: Path) -> RunConfig:
 def _from_layers(layers: Sequence[Layer]) -> RunConfig:
     for layer in layers:
         _check_names(layer)
-    sections, origins = merge(layers)
+    sections, origins = merge(_with_one_length(layers))
     built: dict[str, Any] = {}
     for section in sorted(SECTIONS, key=lambda name: name != "tokenizer"):
         values = dict(sections.get(section, {}))
@@ -148,6 +174,24 @@ def _from_layers(layers: Sequence[Layer]) -> RunConfig:
     if built["train"].sequence_length is None:
         built["train"] = dataclasses.replace(built["train"], sequence_length=built["model"].context_length)
     return RunConfig(**built)
+
+
+def _with_one_length(layers: Sequence[Layer]) -> list[Layer]:
+    """The layers without the `train.steps` of those under one that gives `train.epochs`, and the other way round."""
+    kept: list[Layer] = []
+    hidden: set[str] = set()
+    for layer in reversed(layers):
+        values = layer.sections.get("train", {})
+        given = {key for key in ("steps", "epochs") if values.get(key, schema.NONE) != schema.NONE}
+        if len(given) == 2:
+            raise ConfigError(f"{layer.origin}: both train.steps and train.epochs are given; leave one of them out")
+        if given & hidden:
+            rest = {key: value for key, value in values.items() if key not in hidden}
+            layer = dataclasses.replace(layer, sections={**layer.sections, "train": rest})
+        elif given and not hidden:
+            hidden = {"steps", "epochs"} - given
+        kept.insert(0, layer)
+    return kept
 
 
 def _check_names(layer: Layer) -> None:
@@ -163,11 +207,14 @@ def _check_names(layer: Layer) -> None:
 
 
 def to_dict(config: RunConfig) -> dict[str, dict[str, Any]]:
-    """Section -> key -> value in TOML's own types; an absent value is written as "none"."""
-    return {
+    """Section -> key -> value in TOML's own types; an absent value is written as "none", and no steps beside epochs."""
+    sections = {
         section: {key: _toml_value(value) for key, value in values.items()}
         for section, values in dataclasses.asdict(config).items()
     }
+    if config.train.epochs is not None:
+        del sections["train"]["steps"]
+    return sections
 
 
 def _toml_value(value: Any) -> Any:

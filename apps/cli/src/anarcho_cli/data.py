@@ -41,6 +41,8 @@ class RunData:
     """None without data.validation_fraction."""
     samples_per_step: int | None
     """Where a sample is a whole batch of changing shape: how many make a step."""
+    samples_per_epoch: int | None
+    """Samples in which the data is seen once; None of a stream, which cannot be counted."""
     sha256: str
     """Names the data in checkpoints; of a stream, what it follows from."""
     facts: dict[str, Any]
@@ -87,6 +89,7 @@ def _prepared(config: RunConfig, directory: Path, tokenizer: AnyTokenizer) -> Ru
         train=batches,
         validation=held_out,
         samples_per_step=_pair_batches(config) if config.data.kind == "preference" else None,
+        samples_per_epoch=batches.num_batches if isinstance(batches, BucketBatches) else batches.num_samples,
         sha256=hashlib.sha256(f"{train.fingerprint}{validation.fingerprint}".encode()).hexdigest(),
         facts={"train_tokens": train.num_tokens, "validation_tokens": validation.num_tokens},
         release=lambda sample: None,
@@ -105,6 +108,7 @@ def _streamed(config: RunConfig, directory: Path, tokenizer: AnyTokenizer, produ
         train=batches,
         validation=None if validation is None else _sequential(config, validation),
         samples_per_step=None,
+        samples_per_epoch=None,
         sha256=train.plan_sha256,
         facts={"validation_tokens": 0 if validation is None else validation.num_tokens},
         release=batches.release,

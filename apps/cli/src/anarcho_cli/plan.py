@@ -7,7 +7,6 @@ import platform
 from dataclasses import dataclass
 from typing import Any
 
-from anarcho_model.flops import training_flops_per_token
 from anarcho_model.footprint import MemoryForecast, training_memory
 from anarcho_optim.memory import scratch_bytes
 
@@ -51,6 +50,8 @@ class Plan:
             "config": to_dict(self.config),
             "device": self.device,
             "parameters": self.config.model.num_parameters,
+            "trained_parameters": self.config.trained_parameters,
+            "epochs": self.config.train.epochs,
             "steps": self.config.train.steps,
             "tokens": self.config.total_tokens,
             "batch_sequences": self.config.batch_sequences,
@@ -63,9 +64,14 @@ class Plan:
         """The plan for people, one fact a line."""
         train = self.config.train
         dtype = "float32" if self.dtype_bytes == FLOAT32_BYTES else "half precision"
+        adapter = f", frozen, and {self.config.trained_parameters:,} of an adapter" if self.config.lora.rank else ""
+        epochs = (
+            "" if train.epochs is None else f", {train.epochs:g} epoch{'' if train.epochs == 1 else 's'} of the data"
+        )
+        sequences = f"{self.config.batch_sequences} sequences of {self.config.sequence_length} tokens"
         return [
-            f"parameters  {self.config.model.num_parameters:,}",
-            f"steps       {train.steps:,} of {self.config.batch_sequences} sequences of {self.config.sequence_length} tokens",
+            f"parameters  {self.config.model.num_parameters:,}{adapter}",
+            f"steps       {train.steps:,} of {sequences}{epochs}",
             f"tokens      {self.config.total_tokens:,}",
             f"memory      {bytes_text(self.total_bytes)} at the peak of a step in {dtype}; of this, not all at once:",
             *(
@@ -81,6 +87,7 @@ def plan_run(config: RunConfig, *, device: str) -> Plan:
     """The plan of a run on ``device`` (`auto`, `mps`, `cpu` or `cuda`)."""
     dtype_bytes = _dtype_bytes(config.train.precision, device)
     model = config.model
+    adamw_alone = config.lora.rank > 0 and config.lora.optimizer == "adamw"
     return Plan(
         config=config,
         device=device,
@@ -91,12 +98,13 @@ def plan_run(config: RunConfig, *, device: str) -> Plan:
             length=config.sequence_length,
             compute_dtype_bytes=dtype_bytes,
             gradient_checkpointing=config.train.gradient_checkpointing,
-            optimizer_scratch_bytes=scratch_bytes(device, model.num_parameters),
+            optimizer_scratch_bytes=0 if adamw_alone else scratch_bytes(device, config.trained_parameters),
             gradients_held=config.batch_sequences > config.train.micro_batch,
             segments=config.data.isolate_documents,
+            adapter=config.lora,
         ),
         library_bytes=_library_bytes(config.train.compile, device),
-        flops=training_flops_per_token(model, config.sequence_length) * config.total_tokens,
+        flops=config.flops_per_token * config.total_tokens,
     )
 
 

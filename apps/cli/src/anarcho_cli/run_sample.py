@@ -25,11 +25,13 @@ def require_prompt(config: RunConfig, tokenizer: AnyTokenizer) -> None:
 
 
 def write_sample(config: RunConfig, step: TorchStep, tokenizer: AnyTokenizer) -> str:
-    """The prompt of the configuration, and what the trained model makes of it."""
+    """The prompt of the configuration, and what the trained model makes of it; an adapter is merged for good."""
     from anarcho_model.generate.torch import generate
+    from anarcho_model.lora.torch import merge_adapter
     from anarcho_model.torch import GPT
 
     assert isinstance(step.model, GPT)
+    merge_adapter(step.model)
     stops = config.sample.stop_token_ids or (tokenizer.eot_id, tokenizer.special_tokens[END])
     settings = dataclasses.replace(config.sample, stop_token_ids=stops)
     tokens = generate(step.model, _sample_prompt(config, tokenizer), config=settings)

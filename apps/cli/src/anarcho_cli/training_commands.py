@@ -66,6 +66,17 @@ def require_source(config: RunConfig, *, kind: str) -> None:
     check_source(config.data)
 
 
+def _require_base(config: RunConfig, base: Path | None) -> None:
+    """An adapter is added to a model that has learned something."""
+    from anarcho_cli.layers import ConfigError
+
+    if config.lora.rank and base is None:
+        raise ConfigError(
+            f"lora.rank is {config.lora.rank}, but this run begins without a model to adapt; expected 0, or tune a "
+            "model with anarcho sft --from or anarcho preference --from"
+        )
+
+
 def print_plan(config: RunConfig, *, device: Device, json: bool) -> None:
     from anarcho_cli.config import dumps
     from anarcho_cli.output import print_json
@@ -110,7 +121,12 @@ def start_run(
 
     directory = new_run_directory(runs_dir, name, preset=preset)
     require_source(config, kind=kind)
+    _require_base(config, base)
     if dry_run:
+        if config.train.epochs is not None:
+            from anarcho_cli import compose
+
+            config = compose.with_counted_steps(config, tokenizer_path=tokenizer)
         print_plan(config, device=device, json=json)
         return
 

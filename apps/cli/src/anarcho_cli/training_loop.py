@@ -6,7 +6,6 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anarcho_model.flops import training_flops_per_token
 from anarcho_monitor import (
     EarlyStopping,
     MetricsLog,
@@ -47,6 +46,7 @@ def make_loop(
         return StepSchedule(
             lr_scale=schedules.lr_scale(config.optim, number, total_steps=config.train.steps),
             momentum=schedules.momentum(config.optim, number),
+            number=number,
         )
 
     return Loop(
@@ -69,7 +69,7 @@ def make_loop(
         },
         throughput=Throughput(
             total_steps=config.train.steps,
-            flops_per_token=training_flops_per_token(config.model, config.sequence_length),
+            flops_per_token=config.flops_per_token,
             peak_flops=config.monitor.peak_flops or peak_flops(_device_name(device)),
         ),
         gauges=lambda: read_memory(device).metrics(),
@@ -78,6 +78,7 @@ def make_loop(
             "precision": str(step.precision).removeprefix("torch."),
             "compiled": step.compiled,
             "parameters": config.model.num_parameters,
+            "trained_parameters": config.trained_parameters,
             **data.facts,
         },
         on_checkpoint=lambda: data.release(_first_needed_sample(checkpoints)),

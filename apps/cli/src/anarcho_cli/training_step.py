@@ -5,14 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anarcho_model.flops import training_flops_per_token
 from anarcho_tokenize import AnyTokenizer
+from anarcho_train import TrainingDraws
 
 from anarcho_cli.config import RunConfig
 from anarcho_cli.output import note
 
 if TYPE_CHECKING:
+    from anarcho_model.torch import GPT
     from anarcho_train.steps.torch import TorchStep
+
+ADAPTER = "adapter"
+"""The folder of a checkpoint with the adapter, in PEFT's format."""
 
 
 def require_precision(config: RunConfig, device: str) -> None:
@@ -26,8 +30,8 @@ def require_precision(config: RunConfig, device: str) -> None:
 def make_step(config: RunConfig, tokenizer: AnyTokenizer, base: Path, *, device: str) -> TorchStep:
     """The model on its device, its optimizer, and the training step over both; loads torch."""
     from anarcho_model.torch import GPT
-    from anarcho_model.weights import load_weights, save_pretrained
-    from anarcho_optim.torch import MuonAdamW, param_groups
+    from anarcho_model.weights import load_weights
+    from anarcho_optim.torch import MuonAdamW
     from anarcho_train.losses.torch_preference import PreferenceLoss
     from anarcho_train.steps.torch import TorchStep
 
@@ -41,20 +45,63 @@ def make_step(config: RunConfig, tokenizer: AnyTokenizer, base: Path, *, device:
         load_weights(model, base)
     else:
         model.init_weights(seed=config.train.seed, init=config.init)
+    if config.lora.rank:
+        from anarcho_model.lora.torch import add_adapter
+
+        add_adapter(model, config.lora, seed=config.train.seed)
     model.gradient_checkpointing = config.train.gradient_checkpointing
     model.to(device)
-
-    def save_model(trained: Any, directory: Path) -> None:
-        save_pretrained(trained, directory, eos_token_id=tokenizer.eot_id, pad_token_id=tokenizer.pad_id)
-        tokenizer.save(directory)
-
     return TorchStep(
         model,
-        MuonAdamW(param_groups(model, config=config.optim)),
+        MuonAdamW(_groups(model, config)),
         config=config.train,
         loss=PreferenceLoss(config.preference) if config.data.kind == "preference" else None,
-        save_model=save_model,
-        load_model=lambda trained, directory: load_weights(model, directory),
-        flops=training_flops_per_token(config.model, config.sequence_length) * config.total_tokens,
+        draws=_draws(config),
+        save_model=lambda trained, directory: _save_model(trained, directory, tokenizer),
+        load_model=_load_model,
+        flops=config.flops_per_token * config.total_tokens,
         notify=note,
     )
+
+
+def _groups(model: GPT, config: RunConfig) -> Any:
+    """The groups of the optimizer; an adapter's thin matrices are Muon's only if the configuration says so."""
+    from anarcho_optim.groups import adamw_options
+    from anarcho_optim.torch import param_groups
+
+    if not config.lora.rank or config.lora.optimizer == "muon":
+        return param_groups(model, config=config.optim)
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return [{"name": "adapter", "params": named, **adamw_options(config.optim)}]
+
+
+def _draws(config: RunConfig) -> TrainingDraws | None:
+    """What is random in the run's training; None where nothing is."""
+    dropout = bool(config.lora.rank and config.lora.dropout)
+    if not (config.train.neftune_alpha or dropout):
+        return None
+    return TrainingDraws(
+        seed=config.train.seed, dim=config.model.dim, neftune_alpha=config.train.neftune_alpha, dropout=dropout
+    )
+
+
+def _save_model(model: Any, directory: Path, tokenizer: AnyTokenizer) -> None:
+    """A model directory that is whole in itself; an adapter, which is merged into its weights, lies in a folder of its own, too."""
+    from anarcho_model.lora.peft import save_adapter
+    from anarcho_model.weights import save_pretrained
+
+    save_pretrained(model, directory, eos_token_id=tokenizer.eot_id, pad_token_id=tokenizer.pad_id)
+    tokenizer.save(directory)
+    if model.adapter is not None:
+        save_adapter(model, directory / ADAPTER)
+
+
+def _load_model(model: Any, directory: Path) -> None:
+    """What is trained: all weights, or those of the adapter, since the base's are there already."""
+    from anarcho_model.lora.peft import load_adapter
+    from anarcho_model.weights import load_weights
+
+    if model.adapter is None:
+        load_weights(model, directory)
+    else:
+        load_adapter(model, directory / ADAPTER)

@@ -16,10 +16,18 @@ def forward_flops_per_token(config: ModelConfig, length: int) -> int:
     """Operations that one token of a sequence of `length` tokens costs in a forward pass, output layer included."""
     query, kv = config.num_heads * config.head_size, config.kv_heads * config.head_size
     matrices = config.dim * (2 * query + 2 * kv + 3 * config.ffn_size)
-    attention = 4 * query * length  # two products with a sequence of `length` keys and values
-    return config.num_layers * (2 * matrices + attention) + 2 * config.vocab_size * config.dim
+    return config.num_layers * (2 * matrices + _attention(config, length)) + 2 * config.vocab_size * config.dim
 
 
-def training_flops_per_token(config: ModelConfig, length: int) -> int:
-    """Operations of forward and backward for one token of a sequence of `length` tokens."""
-    return 3 * forward_flops_per_token(config, length)
+def training_flops_per_token(config: ModelConfig, length: int, *, frozen: bool = False) -> int:
+    """Operations of forward and backward for one token of a sequence of `length` tokens.
+
+    Of `frozen` weights, to which an adapter is added, no gradient is computed; the adapter's own few operations are not counted.
+    """
+    forward = forward_flops_per_token(config, length)
+    return 2 * forward + config.num_layers * _attention(config, length) if frozen else 3 * forward
+
+
+def _attention(config: ModelConfig, length: int) -> int:
+    """Of one block: two products with a sequence of `length` keys and values."""
+    return 4 * config.num_heads * config.head_size * length
