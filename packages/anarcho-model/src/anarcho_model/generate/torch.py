@@ -12,6 +12,7 @@ Sources: top-k (Fan et al. 2018, arXiv:1805.04833), top-p (Holtzman et al. 2020,
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -21,18 +22,29 @@ from anarcho_model.generate.sampling import SamplingConfig, SamplingError
 from anarcho_model.generate.stepping.torch import Stepper
 from anarcho_model.torch import GPT, ContextError
 
+if TYPE_CHECKING:
+    from anarcho_model.generate.drafted.torch import DraftedText
+    from anarcho_model.generate.drafting import Draft
+
 __all__ = ["check_prompt", "draw_tokens", "generate", "generate_batch", "next_token_probabilities", "seeded_generator"]
 
 
-def generate(model: GPT, prompt_ids: Sequence[int], *, config: SamplingConfig) -> Iterator[int]:
+def generate(
+    model: GPT, prompt_ids: Sequence[int], *, config: SamplingConfig, draft: Draft | None = None
+) -> Iterator[int]:
     """Yield the ids that follow `prompt_ids`, one by one, without the stop id.
+
+    A `draft` guesses ahead, for the same text (up to rounding) in fewer steps: see `anarcho_model.generate.drafting`.
 
     Raises, at the call:
         SamplingError: the prompt is empty or holds an id outside of the vocabulary.
         ContextError: the prompt is longer than the model's context.
     """
-    rows = _Rows(model, [prompt_ids], config=config)
-    return _stream(rows)
+    if draft is not None:
+        from anarcho_model.generate.drafted.torch import DraftedText
+
+        return _drafted(DraftedText(model, prompt_ids, config=config, draft=draft))
+    return _stream(_Rows(model, [prompt_ids], config=config))
 
 
 def generate_batch(model: GPT, prompts: Sequence[Sequence[int]], *, config: SamplingConfig) -> list[list[int]]:
@@ -125,6 +137,14 @@ def _stream(rows: _Rows) -> Iterator[int]:
             yield tokens[0]
     finally:
         rows.stepper.release()
+
+
+def _drafted(text: DraftedText) -> Iterator[int]:
+    try:
+        while drawn := text.advance():
+            yield from drawn
+    finally:
+        text.stepper.release()
 
 
 def draw_tokens(
