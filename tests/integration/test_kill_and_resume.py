@@ -122,12 +122,19 @@ def tuning_rows(tmp_path_factory) -> dict[str, Path]:
     return files
 
 
-@pytest.mark.parametrize("command", ["sft", "preference"])
+ADAPTER = {"lora.rank": 4, "lora.dropout": 0.1, "train.neftune_alpha": 5.0}
+
+
+@pytest.mark.parametrize(
+    ("command", "adapter"),
+    [("sft", {}), ("preference", {}), ("sft", ADAPTER)],
+    ids=["sft", "preference", "sft with an adapter"],
+)
 def test_a_tuning_run_killed_in_the_reference_a_step_and_a_checkpoint_ends_bitwise_alike(
-    anarcho, finished_run, tuning_rows, tmp_path, command
+    anarcho, finished_run, tuning_rows, tmp_path, command, adapter
 ):
     begin = [command, "--from", finished_run, "--data", tuning_rows[command], "--device", "cpu"]
-    begin += settings(TUNING | {"data.validation_fraction": 0.2})
+    begin += settings(TUNING | adapter | {"data.validation_fraction": 0.2})
     whole = tmp_path / anarcho(*begin, "--name", "whole", cwd=tmp_path).stdout.strip()
     run = tmp_path / "runs" / "killed"
     instants = [(STEP, "train", 2), ("anarcho_train.checkpoint", "sync", 4)]
