@@ -78,6 +78,8 @@ def test_a_base_model_learns_the_answers_and_keeps_its_beginning(base: Path, tmp
     run = Path(summary["run_directory"])
     assert (run / "base" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
     assert (run / "tokenizer" / "tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
+    saved = json.loads((Path(summary["checkpoint"]) / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == [1, 6], "other programs stop at the end of a text and of an answer"
 
 
 def test_preferences_are_learned_from_the_base_models_own_view(base: Path, tmp_path: Path, anarcho) -> None:

@@ -6,9 +6,9 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from anarcho_tokenize import AnyTokenizer, Message, StreamDecoder, encode_chat
-from anarcho_tokenize.symbols import END
 
 from anarcho_cli.config import RunConfig
+from anarcho_cli.training_step import stop_token_ids
 
 if TYPE_CHECKING:
     from anarcho_train.steps.torch import TorchStep
@@ -32,7 +32,7 @@ def write_sample(config: RunConfig, step: TorchStep, tokenizer: AnyTokenizer) ->
 
     assert isinstance(step.model, GPT)
     merge_adapter(step.model)
-    stops = config.sample.stop_token_ids or (tokenizer.eot_id, tokenizer.special_tokens[END])
+    stops = config.sample.stop_token_ids or stop_token_ids(config, tokenizer)
     settings = dataclasses.replace(config.sample, stop_token_ids=stops)
     tokens = generate(step.model, _sample_prompt(config, tokenizer), config=settings)
     decoder = StreamDecoder(tokenizer, continues=config.data.kind == "text")

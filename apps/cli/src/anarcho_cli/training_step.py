@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anarcho_tokenize import AnyTokenizer
+from anarcho_tokenize import AnyTokenizer, end_of_message
 from anarcho_train import TrainingDraws
 
 from anarcho_cli.config import RunConfig
@@ -57,7 +57,7 @@ def make_step(config: RunConfig, tokenizer: AnyTokenizer, base: Path, *, device:
         config=config.train,
         loss=PreferenceLoss(config.preference) if config.data.kind == "preference" else None,
         draws=_draws(config),
-        save_model=lambda trained, directory: _save_model(trained, directory, tokenizer),
+        save_model=lambda trained, directory: _save_model(trained, directory, config, tokenizer),
         load_model=_load_model,
         flops=config.flops_per_token * config.total_tokens,
         notify=note,
@@ -85,12 +85,21 @@ def _draws(config: RunConfig) -> TrainingDraws | None:
     )
 
 
-def _save_model(model: Any, directory: Path, tokenizer: AnyTokenizer) -> None:
+def stop_token_ids(config: RunConfig, tokenizer: AnyTokenizer) -> tuple[int, ...]:
+    """What ends a text, and after tuning an answer, too: other programs end conversations by these alone."""
+    end = None if config.data.kind == "text" else end_of_message(tokenizer)
+    return tuple(dict.fromkeys([tokenizer.eot_id, *([] if end is None else [end])]))
+
+
+def _save_model(model: Any, directory: Path, config: RunConfig, tokenizer: AnyTokenizer) -> None:
     """A model directory that is whole in itself; an adapter, which is merged into its weights, lies in a folder of its own, too."""
     from anarcho_model.lora.peft import save_adapter
     from anarcho_model.weights import save_pretrained
 
-    save_pretrained(model, directory, eos_token_id=tokenizer.eot_id, pad_token_id=tokenizer.pad_id)
+    stops = stop_token_ids(config, tokenizer)
+    save_pretrained(
+        model, directory, eos_token_id=stops[0] if len(stops) == 1 else stops, pad_token_id=tokenizer.pad_id
+    )
     tokenizer.save(directory)
     if model.adapter is not None:
         save_adapter(model, directory / ADAPTER)
