@@ -20,9 +20,11 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
+from anarcho_cli import chatting
 from anarcho_cli.serving.access import LOOPBACK, Access
 from anarcho_cli.serving.limits import Limits
 from anarcho_cli.serving.page import content_policy
+from anarcho_model.generate.sampling import SamplingConfig
 from served import Served, tiny_model
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -35,8 +37,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(model: Path) -> Iterator[Served]:
-    with Served(model, access=Access(hosts=LOOPBACK)) as server:
-        yield server
+    """A server whose every answer has 40 tokens, or an untrained model would end some at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chatting, "role_token_ids", lambda *_, **__: (10**6,))
+        defaults = SamplingConfig(max_new_tokens=40)
+        with Served(model, access=Access(hosts=LOOPBACK), defaults=defaults) as server:
+            yield server
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +120,7 @@ def test_the_page_loads_nothing_from_elsewhere_and_writes_no_markup(served: Serv
 def test_an_answer_is_streamed_with_the_models_name_and_its_speed_and_survives_a_reload(page: Any) -> None:
     assert page.inner_text("#model") == page.title() == "tiny"
     answer = ask(page, "the whale")
-    assert re.search(r"\d+ tokens( · [\d.]+ tokens/s)?", page.inner_text("article.assistant .foot"))
+    assert re.match(r"40 tokens · [\d.]+ tokens/s · cut at its length", page.inner_text("article.assistant .foot"))
     assert page.inner_text("article.user .text") == "the whale"
     page.reload()
     page.wait_for_selector("#regenerate")
@@ -212,7 +218,7 @@ def test_paragraphs_lists_code_and_emphasis_become_their_nodes(page: Any) -> Non
 
 
 def test_turns_that_no_longer_fit_are_left_out_and_a_message_that_never_fits_is_explained(page: Any) -> None:
-    for _ in range(3):
+    for _ in range(5):
         ask(page, "the whale and the sea, " * 4)
     page.wait_for_selector("text=no longer fit")
     page.click("#new")
