@@ -104,7 +104,9 @@ def _answer(conversation: Chat, question: str) -> None:
             for piece in pieces:
                 typer.echo(safe(piece).encode("utf-8"), nl=False)
     except KeyboardInterrupt:
+        typer.echo()
         note("stopped")
+        return
     except ChatError as error:
         note(str(error))
         return
