@@ -146,7 +146,7 @@ class HarnessModel(TemplateLM):
 
         tokenizer, model = self.subject.tokenizer, self.subject.model
         asked = normalize_gen_kwargs(dict(settings), _MAX_NEW_TOKENS)
-        room = min(asked["max_gen_toks"], model.config.context_length - 1)
+        room = min(asked.get("max_gen_toks", _MAX_NEW_TOKENS), model.config.context_length - 1)
         sampling = SamplingConfig(
             max_new_tokens=room,
             temperature=asked.get("temperature", 1.0) if asked.get("do_sample") else 0.0,
@@ -156,7 +156,7 @@ class HarnessModel(TemplateLM):
             stop_token_ids=self._stops,
         )
         prompt = self.tok_encode(context)[-(model.config.context_length - room) :] or [self.prefix_token_id]
-        decoder, ends = StreamDecoder(tokenizer), asked["until"]
+        decoder, ends = StreamDecoder(tokenizer), asked.get("until", [])
         # A vocabulary that is padded to a rounder size has ids without a piece.
         known = (token for token in generate(model, prompt, config=sampling) if token < tokenizer.vocab_size)
         text = ""
