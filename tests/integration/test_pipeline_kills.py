@@ -140,8 +140,7 @@ class Chain:
     def made(self) -> dict[str, str]:
         """File -> hash of all that a model, an optimizer's state, a tokenizer, shards or scores consist of."""
         root = self.folder / "runs/chain"
-        # Not runtime.safetensors: PyTorch's own generator, from which nothing is drawn, begins anywhere.
-        names = ("model.safetensors", "optimizer.safetensors", "*.bin", "*.idx", "tokenizer.*", "report.json")
+        names = ("*.safetensors", "*.bin", "*.idx", "tokenizer.*", "report.json")
         files = sorted({file for name in names for file in root.rglob(name) if ".old-" not in str(file)})
         return {str(file.relative_to(root)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 

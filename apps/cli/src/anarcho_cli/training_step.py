@@ -29,6 +29,7 @@ def require_precision(config: RunConfig, device: str) -> None:
 
 def make_step(config: RunConfig, tokenizer: AnyTokenizer, base: Path, *, device: str) -> TorchStep:
     """The model on its device, its optimizer, and the training step over both; loads torch."""
+    import torch
     from anarcho_model.torch import GPT
     from anarcho_model.weights import load_weights
     from anarcho_optim.torch import MuonAdamW
@@ -40,6 +41,7 @@ def make_step(config: RunConfig, tokenizer: AnyTokenizer, base: Path, *, device:
             f"model.vocab_size is {config.model.vocab_size}, but the run's tokenizer has {tokenizer.vocab_size} pieces; "
             "leave model.vocab_size out, it follows the tokenizer"
         )
+    torch.manual_seed(config.train.seed)  # Nothing is drawn from it; but checkpoints hold it, and are to be equal.
     model = GPT(config.model)
     if base.is_dir():
         load_weights(model, base)

@@ -1,9 +1,10 @@
 """Products with a weight that is used again and again, for the few rows of input that generation has.
 
 Notable: a processor spends the time of such a product on streaming the weight through, so its layout decides. Measured
-for layers of SmolLM2-135M on one core of a Xeon with torch 2.15: a single float32 row is 1.4 to 1.8 times as fast from
-the transposed weight, and eight rows are 1.5 times as fast from oneDNN's blocks (bfloat16: 1.4). Layouts are copies,
-made when the first input of that kind comes; elsewhere, and for many rows, the weight itself is used.
+for layers of SmolLM2-135M on a Xeon with torch 2.15: a single float32 row is 1.2 to 1.8 times as fast from the
+transposed weight where there are more outputs than inputs (with fewer, 0.7 times), and eight rows are 1.5 times as fast
+from oneDNN's blocks (bfloat16: 1.4; a single row there 0.8 to 1.0). Layouts are copies, made when the first input of
+that kind comes; elsewhere, and for many rows, the weight itself is used.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class FewRowsLinear:
         """For everything else."""
         on_processor = self.weights[0].device.type == "cpu"
         self.blocks_help = _HAS_BLOCKS and on_processor and dtype in (torch.float32, torch.bfloat16)
-        self.transpose_helps = self.blocks_help and dtype == torch.float32
+        outputs, inputs = sum(len(weight) for weight in weights), weights[0].shape[1]
+        self.transpose_helps = self.blocks_help and dtype == torch.float32 and outputs > inputs
 
     def __call__(self, x: Float[Tensor, "rows inputs"]) -> Float[Tensor, "rows outputs"]:
         rows = x.shape[0]
@@ -45,7 +47,7 @@ class FewRowsLinear:
             if self.transposed is None:
                 self.transposed = self._join().t().contiguous()
             return x @ self.transposed
-        if rows <= BLOCKED_ROWS and self.blocks_help:
+        if 1 < rows <= BLOCKED_ROWS and self.blocks_help:
             if self.blocked is None:
                 self.blocked = torch.ops.mkldnn._reorder_linear_weight(self._join(), None)
             return torch.ops.mkldnn._linear_pointwise(x, self.blocked, None, "none", [], "")
