@@ -8,8 +8,13 @@ because they cannot be traced into a compiled graph.
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As it is behind a shell's `&`; every process that the tests start would ignore it, too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 try:
     import anarcho_model
