@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from anarcho_cli.devices import Accelerators, DeviceError, resolve_device
+from anarcho_cli.devices import Accelerators, DeviceError, resolve_backend, resolve_device
 
 NOTHING = Accelerators()
 APPLE = Accelerators(mps=True)
@@ -31,9 +31,40 @@ def test_auto_never_takes_cuda_but_names_the_flag_that_would() -> None:
     assert "NVIDIA H100" in resolution.note
 
 
+@pytest.mark.parametrize("backend", ["torch", "mlx"])
 @pytest.mark.parametrize(("wanted", "machine"), [("mps", APPLE), ("cuda", CUDA)])
-def test_a_device_asked_for_by_name_is_used(wanted: str, machine: Accelerators) -> None:
-    assert resolve_device(wanted, find=lambda: machine).device == wanted
+def test_a_device_asked_for_by_name_is_used(wanted: str, machine: Accelerators, backend: str) -> None:
+    assert resolve_device(wanted, backend=backend, find=lambda: machine).device == wanted
+    assert resolve_device("gpu", backend=backend, find=lambda: machine).device == wanted
+
+
+def test_an_mlx_that_is_installed_for_cuda_uses_it_and_says_so() -> None:
+    resolution = resolve_device("auto", backend="mlx", find=lambda: CUDA)
+    assert resolution.device == "cuda"
+    assert resolution.note is not None
+    assert "NVIDIA H100" in resolution.note
+
+
+def test_mlx_without_a_gpu_names_itself_where_it_refuses_one() -> None:
+    with pytest.raises(DeviceError, match="--device gpu, but MLX finds no GPU here"):
+        resolve_device("gpu", backend="mlx", find=lambda: NOTHING)
+    assert resolve_device("auto", backend="mlx", find=lambda: NOTHING).device == "cpu"
+
+
+def test_the_back_end_is_torch_unless_another_is_named() -> None:
+    assert resolve_backend(None, installed=lambda name: True) == "torch"
+    assert resolve_backend("mlx", installed=lambda name: True) == "mlx"
+
+
+@pytest.mark.parametrize("name", ["torch", "mlx"])
+def test_a_back_end_that_is_not_installed_is_refused_with_how_to_install_it(name: str) -> None:
+    with pytest.raises(DeviceError, match=rf"anarcho-cli\[{name}\]"):
+        resolve_backend(name, installed=lambda module: False)
+
+
+def test_an_unknown_back_end_is_refused_with_those_there_are() -> None:
+    with pytest.raises(DeviceError, match=r"'jax'.*torch, mlx"):
+        resolve_backend("jax")
 
 
 def test_the_cpu_is_used_without_looking_for_anything_else() -> None:

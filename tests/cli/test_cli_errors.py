@@ -45,6 +45,12 @@ def outcome(error: BaseException, *arguments: str) -> tuple[int, str]:
         (PermissionError(13, "Permission denied", "x.txt"), "x.txt: permission denied"),
         (OSError(28, "No space left on device"), "no space left on device"),
         (ModuleNotFoundError("No module named 'torch'", name="torch"), "pip install 'anarcho-cli[torch]'"),
+        (ModuleNotFoundError("No module named 'mlx.core'", name="mlx.core"), "pip install 'anarcho-cli[mlx]'"),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 9.00 GB, ...)"), "out of memory (MPS"),
+        (RuntimeError("[malloc] Unable to allocate 4194304 bytes."), "a smaller train.micro_batch"),
+        (RuntimeError("[metal::malloc] Resource limit (499000) exceeded."), "out of memory ([metal::malloc]"),
+        (RuntimeError("[METAL] ... (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)"), "out of memory"),
+        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory."), "out of memory (CUDA"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_status_2(error: Exception, sentence: str) -> None:

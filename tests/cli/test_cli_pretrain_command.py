@@ -127,7 +127,7 @@ def test_resume_continues_the_run_and_takes_the_device(composer: Composer, anarc
     (tmp_path / "run" / "config.toml").touch()
     (tmp_path / "run" / "environment.json").touch()
     assert anarcho("pretrain", "--resume", "run", "--device", "cpu").stdout == "run\n"
-    assert composer.calls == [{"run_directory": Path("run"), "device": "cpu"}]
+    assert composer.calls == [{"run_directory": Path("run"), "backend": "torch", "device": "cpu"}]
 
 
 def test_resume_without_a_device_goes_on_where_the_run_was(composer: Composer, anarcho, tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_resume_without_a_device_goes_on_where_the_run_was(composer: Composer, a
     asked = []
     find = partial(devices.resolve_device, find=lambda: devices.Accelerators(cuda=("H100",)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(devices, "resolve_device", lambda wanted: asked.append(wanted) or find(wanted))
+        patch.setattr(devices, "resolve_device", lambda wanted, **options: asked.append(wanted) or find(wanted))
         assert anarcho("pretrain", "--resume", "run").exit_code == 0
         assert anarcho("pretrain", "--resume", "run", "--device", "cpu").exit_code == 0
     assert asked == ["cuda", "cpu"], "the run's own device, unless another is given"

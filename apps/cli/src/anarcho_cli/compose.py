@@ -21,6 +21,7 @@ from anarcho_tokenize import NetworkError, load_tokenizer, read_texts, train_tok
 from anarcho_train import TrainResult
 
 from anarcho_cli import config as configuration
+from anarcho_cli.back_ends import BackEnd, back_end
 from anarcho_cli.config import RunConfig
 from anarcho_cli.data import RunData, open_run_data
 from anarcho_cli.output import note
@@ -28,7 +29,6 @@ from anarcho_cli.reference import with_reference
 from anarcho_cli.run_directory import BASE, CONFIG_FILE, DATA, REFERENCE, TOKENIZER, create_run, locked
 from anarcho_cli.run_sample import require_prompt, write_sample
 from anarcho_cli.training_loop import make_loop, open_sinks, require_same_run
-from anarcho_cli.training_step import make_step, require_precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,16 +70,18 @@ def train(
     *,
     run_directory: Path,
     device: str,
+    backend: str = "torch",
     tokenizer_path: Path | None = None,
     base: Path | None = None,
 ) -> RunSummary:
-    """Starts a run in ``run_directory``, which must not exist, and trains it to its end.
+    """Starts a run in ``run_directory``, which must not exist, and trains it to its end with a framework, `torch` or `mlx`.
 
     Its model begins with the weights of the model directory ``base``, which the run keeps, or with random ones. Where text, tokenizer or
     conversations turn out to be unusable, the directory is gone again. Raises the packages' ValueError and OSError.
     """
     started = time.monotonic()
-    require_precision(config, device)
+    framework = back_end(backend)
+    framework.require_supported(config, device)
     create_run(run_directory, config, tokenizer_path, base)
     with locked(run_directory), ExitStack() as stack:
         try:
@@ -94,17 +96,22 @@ def train(
         except KeyboardInterrupt:
             note(f"stopped before the training began; continue with --resume {run_directory}")
             raise
-        return _train(run_directory, config, data, device=device, started=started)
+        return _train(run_directory, config, data, framework, device=device, started=started)
 
 
-def resume(run_directory: Path, *, device: str) -> RunSummary:
-    """Continues a run from its newest valid checkpoint, or from the beginning where it has none."""
+def resume(run_directory: Path, *, device: str, backend: str = "torch") -> RunSummary:
+    """Continues a run from its newest valid checkpoint, or from the beginning where it has none.
+
+    Neither device nor framework have to be those with which it began.
+    """
     started = time.monotonic()
     config = configuration.load(run_directory / CONFIG_FILE)
+    framework = back_end(backend)
+    framework.require_supported(config, device)
     with locked(run_directory):
         _prepare_tokenizer(run_directory, config)
         with _open_data(run_directory, config) as data:
-            return _train(run_directory, config, data, device=device, started=started)
+            return _train(run_directory, config, data, framework, device=device, started=started)
 
 
 def _open_data(run_directory: Path, config: RunConfig) -> AbstractContextManager[RunData]:
@@ -145,24 +152,29 @@ def _with_steps(config: RunConfig, data: RunData) -> RunConfig:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
 
 
-def _train(run_directory: Path, config: RunConfig, data: RunData, *, device: str, started: float) -> RunSummary:
+def _train(
+    run_directory: Path, config: RunConfig, data: RunData, framework: BackEnd, *, device: str, started: float
+) -> RunSummary:
     config = _with_steps(config, data)
     tokenizer = load_tokenizer(run_directory / TOKENIZER)
     require_prompt(config, tokenizer)
     base = run_directory / BASE
-    step = make_step(config, tokenizer, base, device=device)
+    framework.limit_memory(device)
+    step = framework.make_step(config, tokenizer, base, device=device)
     if config.data.kind == "preference" and config.preference.needs_reference:
         shards, kept = run_directory / DATA, run_directory / REFERENCE
         data = with_reference(data, config, step, base=base, shards=shards, directory=kept)
     progress_sinks = open_sinks(run_directory, config)
     try:
-        loop = make_loop(run_directory, config, data, step, progress_sinks, tokenizer, device=device)
+        loop = make_loop(
+            run_directory, config, data, step, progress_sinks, tokenizer, back_end=framework, device=device
+        )
         loop.checkpoints.sweep()
         if checkpoint := loop.checkpoints.latest_valid(notify=note):
             require_same_run(loop, checkpoint)
             loop.resume(checkpoint)
         result = loop.run()
-        sample = None if result.stopped_by else write_sample(config, step, tokenizer)
+        sample = None if result.stopped_by else write_sample(config, framework, step, tokenizer)
         if sample is not None:
             progress_sinks.write("sample", step=result.step, tokens=result.tokens, text=sample)
         progress_sinks.write("end", step=result.step, tokens=result.tokens, seconds=time.monotonic() - started)

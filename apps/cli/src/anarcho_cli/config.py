@@ -25,6 +25,7 @@ from anarcho_train import PreferenceConfig, TrainConfig
 
 from anarcho_cli import schema
 from anarcho_cli.layers import (
+    ROOT_KEYS,
     ConfigError,
     Layer,
     file_layer,
@@ -241,4 +242,6 @@ def dumps(config: RunConfig) -> str:
 
 def json_schema() -> dict[str, Any]:
     """JSON Schema of the configuration file."""
-    return schema.json_schema(SECTIONS, title="AnarchoBot run configuration")
+    document = schema.json_schema(SECTIONS, title="AnarchoBot run configuration")
+    document["properties"] |= {key: {"type": "string", "enum": list(values)} for key, values in ROOT_KEYS.items()}
+    return document

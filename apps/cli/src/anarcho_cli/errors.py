@@ -17,6 +17,21 @@ BAD_INPUT = 2
 DEFECT = 1
 INTERRUPTED = 130
 
+_OUT_OF_MEMORY = (
+    "MPS backend out of memory",
+    "not enough memory: you tried to allocate",
+    "[malloc] Unable to allocate",
+    "[malloc_or_wait] Unable to allocate",
+    "[metal::malloc]",
+    "kIOGPUCommandBufferCallbackErrorOutOfMemory",
+    "cudaMalloc",
+)
+"""In the messages of PyTorch on MPS and on the CPU, and of MLX: its allocators', its limit of buffers, and Metal's."""
+_LESS_MEMORY = (
+    "a run takes less with a smaller train.micro_batch, train.gradient_checkpointing = true or a shorter "
+    "train.sequence_length, which `--dry-run` shows; other commands with a shorter context"
+)
+
 
 class CommandGroup(TyperGroup):
     """The root of the command line, with the boundary around whatever command runs."""
@@ -45,8 +60,23 @@ def explain(error: Exception) -> tuple[str, int]:
         return " ".join(str(error).split()), BAD_INPUT
     if isinstance(error, ImportError) and _missing_extra(error):
         return _missing_extra(error), BAD_INPUT
-    summary = " ".join(str(error).split())
-    return f"unexpected {type(error).__name__}: {summary}; run again with `anarcho --debug ...` for details", DEFECT
+    if _out_of_memory(error):
+        return f"out of memory ({_summary(error)}); {_LESS_MEMORY}", BAD_INPUT
+    return (
+        f"unexpected {type(error).__name__}: {_summary(error)}; run again with `anarcho --debug ...` for details",
+        DEFECT,
+    )
+
+
+def _summary(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether a framework found no memory: but for CUDA's in PyTorch, they raise plain RuntimeErrors."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def _file_sentence(error: OSError) -> str:
@@ -67,6 +97,7 @@ def _raised_by_us(error: Exception) -> bool:
 
 def _missing_extra(error: ImportError) -> str:
     """How to install a back-end that is not there, or nothing where the import failed for another reason."""
-    if isinstance(error, ModuleNotFoundError) and error.name in ("torch", "mlx"):
-        return f"this command needs {error.name}, which is not installed; run `pip install 'anarcho-cli[{error.name}]'`"
+    name = "mlx" if error.name == "mlx.core" else error.name
+    if isinstance(error, ModuleNotFoundError) and name in ("torch", "mlx"):
+        return f"this command needs {name}, which is not installed; run `pip install 'anarcho-cli[{name}]'`"
     return ""

@@ -16,6 +16,9 @@ from typing import Any
 
 PRESETS = resources.files("anarcho_cli") / "presets"
 
+ROOT_KEYS = {"backend": ("torch", "mlx")}
+"""Keys that stand outside any section -> their values: what may change between the attempts at a run, which its files do not keep."""
+
 
 class ConfigError(ValueError):
     """A setting that cannot be used; the message is one sentence for the user."""
@@ -29,6 +32,8 @@ class Layer:
     """What an error calls this layer: a file, `preset NAME` or `--set`."""
     sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Section name -> key -> value, as TOML gives them."""
+    root: Mapping[str, str] = field(default_factory=dict)
+    """The same for keys of `ROOT_KEYS`."""
 
 
 def nearest(name: str, valid: Iterable[str]) -> str | None:
@@ -81,10 +86,26 @@ def parse_layer(text: str, *, origin: str) -> Layer:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(_syntax_sentence(str(error), text, origin)) from error
+    root = {key: _root(key, document.pop(key), origin) for key in ROOT_KEYS if key in document}
     for key, value in document.items():
         if not isinstance(value, dict):
             raise ConfigError(f"{origin}: '{key}' stands outside any section; put it under one, such as [train]")
-    return Layer(origin=origin, sections=document)
+    return Layer(origin=origin, sections=document, root=root)
+
+
+def _root(key: str, value: Any, origin: str) -> str:
+    if value not in ROOT_KEYS[key]:
+        raise ConfigError(
+            f"{origin}: {key} is {value!r}{suggestion(str(value), ROOT_KEYS[key])}; "
+            f"expected one of {', '.join(ROOT_KEYS[key])}"
+        )
+    return value
+
+
+def root_value(key: str, *, file: Path | None, overrides: Sequence[str]) -> str | None:
+    """What ``--set`` texts say of a key of `ROOT_KEYS`, else what the TOML file says; None where neither does."""
+    layers = [set_layer(overrides), *([] if file is None else [file_layer(file)])]
+    return next((layer.root[key] for layer in layers if key in layer.root), None)
 
 
 def _syntax_sentence(message: str, text: str, origin: str) -> str:
@@ -101,9 +122,13 @@ def set_layer(assignments: Sequence[str]) -> Layer:
     Values are TOML (`10`, `0.5`, `true`, `"text"`, `[1, 2]`); a bare word is taken as a string.
     """
     sections: dict[str, dict[str, Any]] = {}
+    root: dict[str, str] = {}
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         keys = [key.strip() for key in path.split(".")]
+        if equals and keys[0] in ROOT_KEYS and len(keys) == 1:
+            root[keys[0]] = _root(keys[0], _set_value(text.strip(), assignment), "--set")
+            continue
         if not equals or len(keys) < 2 or not all(keys):
             raise ConfigError(f"--set {assignment!r} is not an assignment; write it as section.key=value")
         table: dict[str, Any] = sections
@@ -112,7 +137,7 @@ def set_layer(assignments: Sequence[str]) -> Layer:
             if not isinstance(table, dict):
                 raise ConfigError(f"--set {assignment!r} looks inside {key}, which another --set makes a plain value")
         table[keys[-1]] = _set_value(text.strip(), assignment)
-    return Layer(origin="--set", sections=sections)
+    return Layer(origin="--set", sections=sections, root=root)
 
 
 def _set_value(text: str, assignment: str) -> Any:

@@ -18,6 +18,8 @@ FLOAT32_BYTES = 4
 
 LIBRARY_BYTES = 850 * 2**20
 """Resident memory of Python with PyTorch, its optimizer modules and the rest, before there is a model; measured on Linux."""
+MLX_LIBRARY_BYTES = 100 * 2**20
+"""The same of Python with MLX, whose compiled functions are small; measured on Linux."""
 COMPILER_BYTES = 350 * 2**20
 """What torch.compile adds to it; measured on Linux with the reference model."""
 
@@ -28,6 +30,8 @@ class Plan:
 
     config: RunConfig
     """What the run does."""
+    backend: str
+    """The framework."""
     device: str
     """The device as asked for; `auto` is settled only when the run begins."""
     dtype_bytes: int
@@ -48,6 +52,7 @@ class Plan:
         """The plan as JSON: the configuration, and what follows from it."""
         return {
             "config": to_dict(self.config),
+            "backend": self.backend,
             "device": self.device,
             "parameters": self.config.model.num_parameters,
             "trained_parameters": self.config.trained_parameters,
@@ -70,6 +75,7 @@ class Plan:
         )
         sequences = f"{self.config.batch_sequences} sequences of {self.config.sequence_length} tokens"
         return [
+            f"back-end    {self.backend}, device {self.device}",
             f"parameters  {self.config.model.num_parameters:,}{adapter}",
             f"steps       {train.steps:,} of {sequences}{epochs}",
             f"tokens      {self.config.total_tokens:,}",
@@ -83,13 +89,14 @@ class Plan:
         ]
 
 
-def plan_run(config: RunConfig, *, device: str) -> Plan:
-    """The plan of a run on ``device`` (`auto`, `mps`, `cpu` or `cuda`)."""
-    dtype_bytes = _dtype_bytes(config.train.precision, device)
+def plan_run(config: RunConfig, *, device: str, backend: str = "torch") -> Plan:
+    """The plan of a run with a framework on ``device`` (`auto`, `gpu`, `mps`, `cpu` or `cuda`)."""
+    dtype_bytes = _dtype_bytes(config.train.precision, device, backend)
     model = config.model
     adamw_alone = config.lora.rank > 0 and config.lora.optimizer == "adamw"
     return Plan(
         config=config,
+        backend=backend,
         device=device,
         dtype_bytes=dtype_bytes,
         memory=training_memory(
@@ -103,25 +110,29 @@ def plan_run(config: RunConfig, *, device: str) -> Plan:
             segments=config.data.isolate_documents,
             adapter=config.lora,
         ),
-        library_bytes=_library_bytes(config.train.compile, device),
+        library_bytes=_library_bytes(config.train.compile, device, backend),
         flops=config.flops_per_token * config.total_tokens,
     )
 
 
-def _library_bytes(compilation: str, device: str) -> int:
+def _library_bytes(compilation: str, device: str, backend: str) -> int:
     """Memory of everything but the model. `auto` is counted as compiled, which is the larger of its possibilities."""
+    if backend == "mlx":
+        return MLX_LIBRARY_BYTES
     if device == "cuda":
         return 0
     return LIBRARY_BYTES + (0 if compilation == "off" or device == "mps" else COMPILER_BYTES)
 
 
-def _dtype_bytes(precision: str, device: str) -> int:
+def _dtype_bytes(precision: str, device: str, backend: str) -> int:
     """Bytes of an element in matrix products, where `auto` means what the training step makes of it on this machine."""
     if precision != "auto":
         return FLOAT32_BYTES if precision == "float32" else 2
     apple = platform.system() == "Darwin" and platform.machine() == "arm64"
-    if device in ("mps", "cuda") or (device == "auto" and apple):
+    if device in ("gpu", "mps", "cuda") or (device == "auto" and apple):
         return 2
+    if backend == "mlx":
+        return FLOAT32_BYTES
     return 2 if {"AVX512-BF16", "AMX-BF16"} & set(cpu_features()) else FLOAT32_BYTES
 
 

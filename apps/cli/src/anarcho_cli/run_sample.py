@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 from anarcho_tokenize import AnyTokenizer, Message, StreamDecoder, encode_chat
 
+from anarcho_cli.back_ends import BackEnd, TrainingStep
+from anarcho_cli.back_ends.settings import stop_token_ids
 from anarcho_cli.config import RunConfig
-from anarcho_cli.training_step import stop_token_ids
-
-if TYPE_CHECKING:
-    from anarcho_train.steps.torch import TorchStep
 
 
 def require_prompt(config: RunConfig, tokenizer: AnyTokenizer) -> None:
@@ -24,17 +21,11 @@ def require_prompt(config: RunConfig, tokenizer: AnyTokenizer) -> None:
         )
 
 
-def write_sample(config: RunConfig, step: TorchStep, tokenizer: AnyTokenizer) -> str:
-    """The prompt of the configuration, and what the trained model makes of it; an adapter is merged for good."""
-    from anarcho_model.generate.torch import generate
-    from anarcho_model.lora.torch import merge_adapter
-    from anarcho_model.torch import GPT
-
-    assert isinstance(step.model, GPT)
-    merge_adapter(step.model)
+def write_sample(config: RunConfig, back_end: BackEnd, step: TrainingStep, tokenizer: AnyTokenizer) -> str:
+    """The prompt of the configuration, and what the trained model makes of it; the model is not trained any more after that."""
     stops = config.sample.stop_token_ids or stop_token_ids(config, tokenizer)
     settings = dataclasses.replace(config.sample, stop_token_ids=stops)
-    tokens = generate(step.model, _sample_prompt(config, tokenizer), config=settings)
+    tokens = back_end.generate(step, _sample_prompt(config, tokenizer), config=settings)
     decoder = StreamDecoder(tokenizer, continues=config.data.kind == "text")
     text = "".join(decoder.push(token) for token in tokens if token < tokenizer.vocab_size) + decoder.flush()
     return config.sample.prompt + (text if config.data.kind == "text" else f"\n{text}")

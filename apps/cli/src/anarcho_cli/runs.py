@@ -48,11 +48,16 @@ def existing_run(path: Path) -> Path:
     return path
 
 
-def recorded_device(run: Path) -> str | None:
-    """The device that a run last trained on, from its metrics; None where it has not trained yet."""
+def recorded_place(run: Path) -> tuple[str | None, str | None]:
+    """The back-end and the device that a run last trained on, from its metrics; None where it has not trained yet."""
     from anarcho_monitor import read_metrics
 
     file = run / "metrics.jsonl"
     starts = [record for record in read_metrics(file) if record.get("kind") == "start"] if file.is_file() else []
-    device = starts[-1].get("device") if starts else None
-    return device if device in ("mps", "cpu", "cuda") else None
+    last = starts[-1] if starts else {}
+    # A run of the first version says no back-end: there was only PyTorch.
+    backend, device = last.get("backend", "torch" if starts else None), last.get("device")
+    return (
+        backend if backend in ("torch", "mlx") else None,
+        device if device in ("mps", "cpu", "cuda") else None,
+    )

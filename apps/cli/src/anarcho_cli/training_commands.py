@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,10 +28,15 @@ DeviceOption = Annotated[
     Device,
     typer.Option("--device", help="auto is the Apple GPU where there is one, else the CPU; resuming, as before."),
 ]
-BackendOption = Annotated[Backend, typer.Option("--backend", help="Framework that computes.")]
+BackendOption = Annotated[
+    Backend | None,
+    typer.Option(
+        "--backend", help="Framework that computes, torch if left out; mlx is made for Apple GPUs. Resuming, as before."
+    ),
+]
 ResumeOption = Annotated[
     Path | None,
-    typer.Option("--resume", metavar="RUN", help="Continue this run; only --device and --json go along."),
+    typer.Option("--resume", metavar="RUN", help="Continue this run; only --backend, --device and --json go along."),
 ]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Print configuration, size, memory and FLOPs of the run, and stop.")
@@ -43,7 +49,7 @@ def refuse_with_resume(ctx: typer.Context) -> None:
     from anarcho_cli.runs import RunError
 
     for parameter in ctx.command.params:
-        if parameter.name not in ("resume", "device", "json") and given(ctx, parameter.name or ""):
+        if parameter.name not in ("resume", "backend", "device", "json") and given(ctx, parameter.name or ""):
             raise RunError(
                 f"{parameter.opts[0]} cannot go with --resume, which continues a run exactly as it was begun"
             )
@@ -77,12 +83,12 @@ def _require_base(config: RunConfig, base: Path | None) -> None:
         )
 
 
-def print_plan(config: RunConfig, *, device: Device, json: bool) -> None:
+def print_plan(config: RunConfig, *, backend: Backend, device: Device, json: bool) -> None:
     from anarcho_cli.config import dumps
     from anarcho_cli.output import print_json
     from anarcho_cli.plan import plan_run
 
-    plan = plan_run(config, device=device.value)
+    plan = plan_run(config, backend=backend.value, device=device.value)
     if json:
         print_json(plan.to_dict())
         return
@@ -90,17 +96,21 @@ def print_plan(config: RunConfig, *, device: Device, json: bool) -> None:
     print("\n".join(plan.lines()))
 
 
-def resume_run(ctx: typer.Context, path: Path, *, device: Device, json: bool) -> None:
-    """Continue a run, on the device that it ran on before unless one is given; refuses all other options."""
-    from anarcho_cli.runs import existing_run, recorded_device
+def resume_run(ctx: typer.Context, path: Path, *, backend: Backend | None, device: Device, json: bool) -> None:
+    """Continue a run in the framework and on the device of before unless others are given; refuses all other options."""
+    from anarcho_cli.devices import resolve_backend
+    from anarcho_cli.runs import existing_run, recorded_place
 
     refuse_with_resume(ctx)
     run = existing_run(path)
-    resolved = chosen_device(device if given(ctx, "device") else Device(recorded_device(run) or device))
+    last_backend, last_device = recorded_place(run)
+    framework = resolve_backend(backend or last_backend)
+    wanted = device if given(ctx, "device") else Device(last_device or device)
+    resolved = chosen_device(wanted, backend=framework)
 
     from anarcho_cli import compose
 
-    finish(compose.resume(run, device=resolved), json=json)
+    finish(compose.resume(run, backend=framework.value, device=resolved), json=json)
 
 
 def start_run(
@@ -110,6 +120,7 @@ def start_run(
     runs_dir: Path,
     name: str | None,
     preset: str,
+    backend: Backend,
     device: Device,
     dry_run: bool,
     json: bool,
@@ -127,22 +138,37 @@ def start_run(
             from anarcho_cli import compose
 
             config = compose.with_counted_steps(config, tokenizer_path=tokenizer)
-        print_plan(config, device=device, json=json)
+        print_plan(config, backend=backend, device=device, json=json)
         return
 
     from anarcho_cli import compose
+    from anarcho_cli.devices import resolve_backend
 
-    resolved = chosen_device(device)
-    summary = compose.train(config, run_directory=directory, device=resolved, tokenizer_path=tokenizer, base=base)
+    resolve_backend(backend)
+    summary = compose.train(
+        config,
+        run_directory=directory,
+        backend=backend.value,
+        device=chosen_device(device, backend=backend),
+        tokenizer_path=tokenizer,
+        base=base,
+    )
     finish(summary, json=json)
 
 
-def chosen_device(device: Device) -> str:
+def chosen_backend(backend: Backend | None, *, file: Path | None, overrides: Sequence[str]) -> Backend:
+    """The framework of --backend, else of ``--set backend=...``, else of the file, else PyTorch."""
+    from anarcho_cli.layers import root_value
+
+    return Backend(backend or root_value("backend", file=file, overrides=overrides) or Backend.torch)
+
+
+def chosen_device(device: Device, *, backend: Backend) -> str:
     """The device to run on; where `auto` found no Apple GPU, one line says so."""
     from anarcho_cli.devices import resolve_device
     from anarcho_cli.output import note
 
-    resolution = resolve_device(device)
+    resolution = resolve_device(device, backend=backend)
     if resolution.note:
         note(resolution.note)
     return resolution.device

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from anarcho_monitor import (
     EarlyStopping,
@@ -14,29 +14,27 @@ from anarcho_monitor import (
     TensorBoardSink,
     Throughput,
     peak_flops,
-    read_memory,
 )
 from anarcho_optim import schedules
 from anarcho_tokenize import AnyTokenizer
 from anarcho_train import CheckpointError, CheckpointStore, Loop, StepSchedule
 
+from anarcho_cli.back_ends import BackEnd, TrainingStep, precision_name
 from anarcho_cli.config import RunConfig
 from anarcho_cli.data import RunData
 from anarcho_cli.models import CHECKPOINTS
 from anarcho_cli.run_directory import CONFIG_FILE, METRICS_FILE, TENSORBOARD
-
-if TYPE_CHECKING:
-    from anarcho_train.steps.torch import TorchStep
 
 
 def make_loop(
     run_directory: Path,
     config: RunConfig,
     data: RunData,
-    step: TorchStep,
+    step: TrainingStep,
     sink: Sinks,
     tokenizer: AnyTokenizer,
     *,
+    back_end: BackEnd,
     device: str,
 ) -> Loop:
     """The loop over ``data``; nothing is trained or restored yet."""
@@ -70,12 +68,13 @@ def make_loop(
         throughput=Throughput(
             total_steps=config.train.steps,
             flops_per_token=config.flops_per_token,
-            peak_flops=config.monitor.peak_flops or peak_flops(_device_name(device)),
+            peak_flops=config.monitor.peak_flops or peak_flops(back_end.device_name(device)),
         ),
-        gauges=lambda: read_memory(device).metrics(),
+        gauges=lambda: back_end.gauges(step, device),
         facts={
+            "backend": back_end.NAME,
             "device": device,
-            "precision": str(step.precision).removeprefix("torch."),
+            "precision": precision_name(step),
             "compiled": step.compiled,
             "parameters": config.model.num_parameters,
             "trained_parameters": config.trained_parameters,
@@ -88,15 +87,6 @@ def make_loop(
 def _first_needed_sample(checkpoints: CheckpointStore) -> int:
     """The sample that the oldest checkpoint goes on with from which the run may have to be resumed."""
     return min((checkpoints.read_state(path)["samples"] for path in checkpoints.recent()), default=0)
-
-
-def _device_name(device: str) -> str:
-    """The full name of a CUDA device; other devices have no peak that their name tells."""
-    if device != "cuda":
-        return device
-    import torch
-
-    return torch.cuda.get_device_name()
 
 
 def open_sinks(run_directory: Path, config: RunConfig) -> Sinks:

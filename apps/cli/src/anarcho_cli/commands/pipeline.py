@@ -28,6 +28,12 @@ def run(
         str | None,
         typer.Option("--from", metavar="STAGE", help="Run this stage anew; those before it are taken as they are."),
     ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Override a key in all stages that it concerns: --set backend=mlx."
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run and why, and stop.")] = False,
     json: JsonOption = False,
 ) -> None:
@@ -41,7 +47,9 @@ def run(
     from anarcho_cli.pipeline.execution import default_directory, run_pipeline
     from anarcho_cli.pipeline.summary import trial_command
 
-    pipeline = load_pipeline(file, options=lambda words: _options_of(ctx.find_root().command, words))
+    pipeline = load_pipeline(
+        file, options=lambda words: _options_of(ctx.find_root().command, words), overrides=overrides or []
+    )
     directory = directory or default_directory(pipeline)
     if dry_run:
         _print_plan(pipeline, directory, start=start, json=json)

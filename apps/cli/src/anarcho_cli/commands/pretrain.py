@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from anarcho_cli.devices import Backend, Device
+from anarcho_cli.devices import Device
 from anarcho_cli.training_commands import (
     BackendOption,
     DeviceOption,
@@ -19,6 +19,7 @@ from anarcho_cli.training_commands import (
     ResumeOption,
     RunsDirOption,
     SetOption,
+    chosen_backend,
     resume_run,
     start_run,
 )
@@ -42,7 +43,7 @@ def pretrain(
         Path | None, typer.Option("--tokenizer", help="Trained tokenizer to use; left out, one is trained on the text.")
     ] = None,
     device: DeviceOption = Device.auto,
-    backend: BackendOption = Backend.torch,
+    backend: BackendOption = None,
     resume: ResumeOption = None,
     dry_run: DryRunOption = False,
     json: JsonOption = False,
@@ -53,7 +54,7 @@ def pretrain(
     of standard output is the run directory.
     """
     if resume is not None:
-        resume_run(ctx, resume, device=device, json=json)
+        resume_run(ctx, resume, backend=backend, device=device, json=json)
         return
     start_run(
         _configuration(preset=preset, file=file, overrides=overrides or [], data=data, tokenizer=tokenizer),
@@ -61,6 +62,7 @@ def pretrain(
         runs_dir=runs_dir,
         name=name,
         preset=preset,
+        backend=chosen_backend(backend, file=file, overrides=overrides or []),
         device=device,
         dry_run=dry_run,
         json=json,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from anarcho_cli.devices import Backend, Device
+from anarcho_cli.devices import Device
 from anarcho_cli.training_commands import (
     BackendOption,
     DeviceOption,
@@ -18,6 +18,7 @@ from anarcho_cli.training_commands import (
     ResumeOption,
     RunsDirOption,
     SetOption,
+    chosen_backend,
     resume_run,
     start_run,
 )
@@ -53,13 +54,13 @@ def tuning_command(kind: str, *, preset: str, doc: str) -> Callable[..., None]:
         name: NameOption = None,
         runs_dir: RunsDirOption = Path("runs"),
         device: DeviceOption = Device.auto,
-        backend: BackendOption = Backend.torch,
+        backend: BackendOption = None,
         resume: ResumeOption = None,
         dry_run: DryRunOption = False,
         json: JsonOption = False,
     ) -> None:
         if resume is not None:
-            resume_run(ctx, resume, device=device, json=json)
+            resume_run(ctx, resume, backend=backend, device=device, json=json)
             return
         from anarcho_cli.models import ModelNotFoundError, find_model
 
@@ -72,6 +73,7 @@ def tuning_command(kind: str, *, preset: str, doc: str) -> Callable[..., None]:
             runs_dir=runs_dir,
             name=name,
             preset=preset,
+            backend=chosen_backend(backend, file=file, overrides=overrides or []),
             device=device,
             dry_run=dry_run,
             json=json,

@@ -15,14 +15,14 @@ from anarcho_cli.pipeline.stage_commands import Output, tokenizer_of
 def arguments(pipeline: Pipeline, stage: Stage, directory: Path, *, resume: bool = False) -> list[str]:
     """What follows `anarcho` on the command line of a stage whose output lies under ``directory``.
 
-    A run that is resumed keeps its configuration; only the device may be another one.
+    A run that is resumed keeps its configuration; only framework and device may be others.
     """
     command, output = stage.command, directory / stage.name
     if resume and command.output is Output.run:
         return [
             *command.words,
             f"--resume={output}",
-            *_options({k: v for k, v in stage.options.items() if k == "device"}),
+            *_options({k: v for k, v in stage.options.items() if k in ("backend", "device")}),
         ]
     line = [*command.words, *_base(pipeline, stage, directory), *_place(stage, directory)]
     line += _options(_placed(stage.options, directory))

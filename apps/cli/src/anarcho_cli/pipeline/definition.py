@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from anarcho_cli.layers import suggestion
+from anarcho_cli.layers import ROOT_KEYS, set_layer, suggestion
 from anarcho_cli.pipeline.errors import PipelineError
-from anarcho_cli.pipeline.stage_commands import COMMANDS, StageCommand
+from anarcho_cli.pipeline.stage_commands import COMMANDS, RUNS, StageCommand
 
 REFERENCE = "stage:"
 _STAGE_KEYS = ("name", "command", "from", "data", "options", "set")
 _FILE_KEYS = ("name", "stage")
 _OWN_OPTIONS = ("name", "runs-dir", "out", "resume", "json", "dry-run", "set")
 """Options that the pipeline gives itself."""
+_SHARED_SECTIONS = ("tokenizer", "data")
+"""Sections of the configuration that stages read which train nothing."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 
 Options = Callable[[tuple[str, ...]], frozenset[str] | None]
@@ -76,6 +78,8 @@ class Pipeline:
     """Its file."""
     stages: tuple[Stage, ...]
     """The stages, in the order in which they run."""
+    overrides: tuple[str, ...] = ()
+    """The ``--set`` texts that were applied to them."""
 
     def command_of(self, stage: str) -> str:
         """The command of the stage with this name."""
@@ -104,10 +108,12 @@ def texts(value: Any) -> Iterator[str]:
             yield from texts(item)
 
 
-def load_pipeline(path: Path, *, options: Options = lambda words: None) -> Pipeline:
+def load_pipeline(path: Path, *, options: Options = lambda words: None, overrides: Sequence[str] = ()) -> Pipeline:
     """Reads and checks a pipeline's file; raises PipelineError, or the OSError that names the file.
 
-    ``options`` tells the options of a command, so that a misspelt one is found now and not after hours.
+    ``options`` tells the options of a command, so that a misspelt one is found now and not after hours. ``overrides`` are
+    ``--set`` texts for all stages that they can concern: ``backend=mlx`` for those that have a back-end, keys of [tokenizer]
+    and [data] for those that read the configuration, other keys for those that train.
     """
     if path.is_dir():
         raise PipelineError(f"{path} is a directory; expected a TOML file with a [[stage]] table for each stage")
@@ -127,7 +133,26 @@ def load_pipeline(path: Path, *, options: Options = lambda words: None) -> Pipel
     name = document.get("name", path.stem)
     if not (isinstance(name, str) and _NAME.fullmatch(name)):
         raise PipelineError(f"{path}: name is {name!r}; expected letters, digits, '_' and '-'")
-    return Pipeline(name=name, path=path, stages=tuple(stages))
+    changed = _overridden(stages, overrides, options)
+    return Pipeline(name=name, path=path, stages=changed, overrides=tuple(overrides))
+
+
+def _overridden(stages: Sequence[Stage], overrides: Sequence[str], options: Options) -> tuple[Stage, ...]:
+    layer = set_layer(overrides)
+    settings = dict(_flat(layer.sections))
+    _check_settings(settings, "--set")
+    changed = []
+    for stage in stages:
+        trains = stage.command_name in RUNS
+        mine = {
+            key: value
+            for key, value in settings.items()
+            if trains or (stage.command.configured and key.split(".")[0] in _SHARED_SECTIONS)
+        }
+        known = options(stage.command.words) or frozenset()
+        own_options = {key: value for key, value in layer.root.items() if key in known}
+        changed.append(replace(stage, settings={**stage.settings, **mine}, options={**stage.options, **own_options}))
+    return tuple(changed)
 
 
 def _check_keys(table: Mapping[str, Any], valid: tuple[str, ...], place: str) -> None:
@@ -216,7 +241,7 @@ class _Reader:
     def _settings(self) -> dict[str, Any]:
         settings = dict(_flat(self._table("set")))
         for key in settings:
-            if len(key.split(".")) < 2 or not all(key.split(".")):
+            if key not in ROOT_KEYS and (len(key.split(".")) < 2 or not all(key.split("."))):
                 raise PipelineError(f"{self.place}: set has the key '{key}'; write it as 'section.key', with its value")
         if (data := self._text("data")) is not None:
             if "data.source" in settings:
@@ -276,20 +301,23 @@ class _Reader:
         if known is not None and stage.settings and "set" not in known:
             raise PipelineError(f"{self.place}: {shown} has no settings; leave set and data out")
         if stage.command.configured and stage.settings:
-            self._check_settings(stage)
+            _check_settings(stage.settings, f"{self.place}: set")
 
-    def _check_settings(self, stage: Stage) -> None:
-        from anarcho_cli import schema
-        from anarcho_cli.config import SECTIONS
 
-        for path in stage.settings:
-            section, key = path.split(".")[:2]
-            if section not in SECTIONS:
-                raise PipelineError(
-                    f"{self.place}: set has the unknown section '{section}'{suggestion(section, SECTIONS)}; "
-                    f"the sections are {', '.join(SECTIONS)}"
-                )
-            schema.check_key(SECTIONS, section, key, f"{self.place}: set")
+def _check_settings(settings: Mapping[str, Any], place: str) -> None:
+    from anarcho_cli import schema
+    from anarcho_cli.config import SECTIONS
+
+    for path in settings:
+        if path in ROOT_KEYS:
+            continue
+        section, key = path.split(".")[:2]
+        if section not in SECTIONS:
+            raise PipelineError(
+                f"{place} has the unknown section '{section}'{suggestion(section, SECTIONS)}; "
+                f"the sections are {', '.join(SECTIONS)}"
+            )
+        schema.check_key(SECTIONS, section, key, place)
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

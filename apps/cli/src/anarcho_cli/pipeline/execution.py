@@ -189,6 +189,8 @@ class _Run:
         line = ["anarcho", "pipeline", "run", str(self.pipeline.path)]
         if self.directory != default_directory(self.pipeline):
             line += ["--dir", str(self.directory)]
+        for override in self.pipeline.overrides:
+            line += ["--set", override]
         note(f"{what}; go on there with {shlex.join(line)}")
 
 

@@ -1,13 +1,16 @@
-"""The training step of a run: the model on its device, the optimizer, the loss, and how they are saved; loads torch where it is called."""
+"""A run in PyTorch: the model on its device, the optimizer, the loss, and how they are saved; loads torch where it is called."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anarcho_tokenize import AnyTokenizer, end_of_message
-from anarcho_train import TrainingDraws
+from anarcho_model.generate.sampling import SamplingConfig
+from anarcho_monitor import read_memory
+from anarcho_tokenize import AnyTokenizer
 
+from anarcho_cli.back_ends.settings import require_fitting, special_tokens, training_draws
 from anarcho_cli.config import RunConfig
 from anarcho_cli.output import note
 
@@ -15,20 +18,28 @@ if TYPE_CHECKING:
     from anarcho_model.torch import GPT
     from anarcho_train.steps.torch import TorchStep
 
+    from anarcho_cli.back_ends import TrainingStep
+
+NAME: str = "torch"
+
 ADAPTER = "adapter"
 """The folder of a checkpoint with the adapter, in PEFT's format."""
 
 
-def require_precision(config: RunConfig, device: str) -> None:
-    """Refuses an arithmetic that the device does not have, before anything is written; loads torch."""
+def require_supported(config: RunConfig, device: str) -> None:
+    """Refuses an arithmetic that the device does not have."""
     import torch
     from anarcho_train.steps.torch import resolve_precision
 
     resolve_precision(config.train.precision, torch.device(device))
 
 
+def limit_memory(device: str) -> None:
+    """PyTorch ends what exceeds its device by itself."""
+
+
 def make_step(config: RunConfig, tokenizer: AnyTokenizer, base: Path, *, device: str) -> TorchStep:
-    """The model on its device, its optimizer, and the training step over both; loads torch."""
+    """As `BackEnd.make_step`."""
     import torch
     from anarcho_model.torch import GPT
     from anarcho_model.weights import load_weights
@@ -36,11 +47,7 @@ def make_step(config: RunConfig, tokenizer: AnyTokenizer, base: Path, *, device:
     from anarcho_train.losses.torch_preference import PreferenceLoss
     from anarcho_train.steps.torch import TorchStep
 
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise ValueError(
-            f"model.vocab_size is {config.model.vocab_size}, but the run's tokenizer has {tokenizer.vocab_size} pieces; "
-            "leave model.vocab_size out, it follows the tokenizer"
-        )
+    require_fitting(config, tokenizer)
     torch.manual_seed(config.train.seed)  # Nothing is drawn from it; but checkpoints hold it, and are to be equal.
     model = GPT(config.model)
     if base.is_dir():
@@ -58,12 +65,35 @@ def make_step(config: RunConfig, tokenizer: AnyTokenizer, base: Path, *, device:
         MuonAdamW(_groups(model, config)),
         config=config.train,
         loss=PreferenceLoss(config.preference) if config.data.kind == "preference" else None,
-        draws=_draws(config),
+        draws=training_draws(config),
         save_model=lambda trained, directory: _save_model(trained, directory, config, tokenizer),
         load_model=_load_model,
         flops=config.flops_per_token * config.total_tokens,
         notify=note,
     )
+
+
+def generate(step: TrainingStep, prompt: Sequence[int], *, config: SamplingConfig) -> Iterator[int]:
+    """As `BackEnd.generate`; an adapter is merged for good."""
+    from anarcho_model.generate.torch import generate as continuation
+    from anarcho_model.lora.torch import merge_adapter
+
+    merge_adapter(step.model)
+    return continuation(step.model, prompt, config=config)
+
+
+def gauges(step: TrainingStep, device: str) -> Mapping[str, float]:
+    """The memory of device, process and system."""
+    return read_memory(device).metrics()
+
+
+def device_name(device: str) -> str:
+    """The full name of a CUDA device; other devices have no peak that their name tells."""
+    if device != "cuda":
+        return device
+    import torch
+
+    return torch.cuda.get_device_name()
 
 
 def _groups(model: GPT, config: RunConfig) -> Any:
@@ -77,31 +107,12 @@ def _groups(model: GPT, config: RunConfig) -> Any:
     return [{"name": "adapter", "params": named, **adamw_options(config.optim)}]
 
 
-def _draws(config: RunConfig) -> TrainingDraws | None:
-    """What is random in the run's training; None where nothing is."""
-    dropout = bool(config.lora.rank and config.lora.dropout)
-    if not (config.train.neftune_alpha or dropout):
-        return None
-    return TrainingDraws(
-        seed=config.train.seed, dim=config.model.dim, neftune_alpha=config.train.neftune_alpha, dropout=dropout
-    )
-
-
-def stop_token_ids(config: RunConfig, tokenizer: AnyTokenizer) -> tuple[int, ...]:
-    """What ends a text, and after tuning an answer, too: other programs end conversations by these alone."""
-    end = None if config.data.kind == "text" else end_of_message(tokenizer)
-    return tuple(dict.fromkeys([tokenizer.eot_id, *([] if end is None else [end])]))
-
-
 def _save_model(model: Any, directory: Path, config: RunConfig, tokenizer: AnyTokenizer) -> None:
     """A model directory that is whole in itself; an adapter, which is merged into its weights, lies in a folder of its own, too."""
     from anarcho_model.lora.peft import save_adapter
     from anarcho_model.weights import save_pretrained
 
-    stops = stop_token_ids(config, tokenizer)
-    save_pretrained(
-        model, directory, eos_token_id=stops[0] if len(stops) == 1 else stops, pad_token_id=tokenizer.pad_id
-    )
+    save_pretrained(model, directory, **special_tokens(config, tokenizer))
     tokenizer.save(directory)
     if model.adapter is not None:
         save_adapter(model, directory / ADAPTER)

@@ -1,0 +1,140 @@
+"""A run in MLX: the model, the optimizer, the loss, and how they are saved; loads mlx where it is called, and never torch.
+
+Notable, of MLX on an Apple GPU:
+
+* Memory is the machine's own, so MLX is told to stay below what Metal recommends; by its defaults it may take half as much
+  again, and keep as much of what was freed. How much is wired stays as the system has it: raised, it can starve the system.
+* A command's buffers and one evaluation's arrays are limited in number (499000): the step evaluates each micro-batch by itself.
+* Compiled functions are kept for good, one for each shape of a batch. Texts and conversations have one shape, pairs of
+  answers at most as many as the ladder of lengths in their shards; ``traces`` in the metrics counts what was compiled.
+* A command that runs for seconds may be ended by the system while it drives a display: smaller micro-batches are shorter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from anarcho_model.generate.sampling import SamplingConfig
+from anarcho_monitor import read_memory
+from anarcho_tokenize import AnyTokenizer
+
+from anarcho_cli.back_ends.settings import require_fitting, special_tokens, training_draws
+from anarcho_cli.config import RunConfig
+from anarcho_cli.layers import ConfigError
+from anarcho_cli.output import note
+
+if TYPE_CHECKING:
+    from anarcho_train.steps.mlx import MlxStep
+
+    from anarcho_cli.back_ends import TrainingStep
+
+NAME: str = "mlx"
+
+MEMORY_SHARE = 0.85
+"""Of the device's memory, where that is all there is; the rest is the system's and other programs'."""
+CACHE_SHARE = 0.5
+"""Of the limit, for freed buffers of a GPU that are kept: a step uses most of them again, other shapes do not."""
+
+
+def require_supported(config: RunConfig, device: str) -> None:
+    """Refuses adapters, and an arithmetic that the device does not have."""
+    import mlx.core as mx
+    from anarcho_train.steps.mlx import resolve_precision
+
+    if config.lora.rank:
+        raise ConfigError(
+            f"lora.rank is {config.lora.rank}, but MLX trains no adapters here; expected 0, or train with --backend torch"
+        )
+    _use(device)
+    resolve_precision(config.train.precision, mx.default_device())
+
+
+def limit_memory(device: str) -> None:
+    """Tells MLX how much it may take and how much of what was freed it may keep; beyond that, it waits, frees, and then fails."""
+    import mlx.core as mx
+
+    _use(device)
+    limit = memory_limit(mx.device_info(), total=read_memory("mlx").system_total_bytes)
+    mx.set_memory_limit(limit)
+    if device != "cpu":  # There, MLX keeps 32 MiB, and the C library its own.
+        mx.set_cache_limit(int(CACHE_SHARE * limit))
+
+
+def memory_limit(device: Mapping[str, Any], *, total: int) -> int:
+    """Bytes that MLX may take: what Metal recommends, else a share of the device's memory, or of the machine's ``total``."""
+    recommended = device.get("max_recommended_working_set_size")
+    if recommended:
+        return min(int(recommended), total)
+    return int(MEMORY_SHARE * int(device.get("total_memory") or total))
+
+
+def make_step(config: RunConfig, tokenizer: AnyTokenizer, base: Path, *, device: str) -> MlxStep:
+    """As `BackEnd.make_step`."""
+    import mlx.core as mx
+    from anarcho_model.mlx import GPT
+    from anarcho_model.weights_mlx import load_weights
+    from anarcho_optim.mlx import MuonAdamW, param_groups
+    from anarcho_train.losses.mlx_preference import PreferenceLoss
+    from anarcho_train.steps.mlx import MlxStep
+
+    require_fitting(config, tokenizer)
+    _use(device)
+    mx.random.seed(config.train.seed)  # Nothing is drawn from it; but checkpoints hold it, and are to be equal.
+    model = GPT(config.model)
+    if base.is_dir():
+        load_weights(model, base)
+    else:
+        model.init_weights(seed=config.train.seed, init=config.init)
+    model.gradient_checkpointing = config.train.gradient_checkpointing
+    return MlxStep(
+        model,
+        MuonAdamW(param_groups(model, config=config.optim)),
+        config=config.train,
+        loss=PreferenceLoss(config.preference) if config.data.kind == "preference" else None,
+        draws=training_draws(config),
+        save_model=lambda trained, directory: _save_model(trained, directory, config, tokenizer),
+        load_model=_load_model,
+        flops=config.flops_per_token * config.total_tokens,
+        notify=note,
+    )
+
+
+def generate(step: TrainingStep, prompt: Sequence[int], *, config: SamplingConfig) -> Iterator[int]:
+    """As `BackEnd.generate`."""
+    from anarcho_model.generate.mlx import generate as continuation
+
+    return continuation(step.model, prompt, config=config)
+
+
+def gauges(step: TrainingStep, device: str) -> Mapping[str, float]:
+    """The memory of MLX, process and system, and how many functions were compiled."""
+    return {**read_memory("mlx").metrics(), "traces": getattr(step, "traces", 0)}
+
+
+def device_name(device: str) -> str:
+    """The full name of the GPU; a CPU has no peak that its name tells."""
+    import mlx.core as mx
+
+    return device if device == "cpu" else str(mx.device_info().get("device_name", device))
+
+
+def _use(device: str) -> None:
+    import mlx.core as mx
+
+    mx.set_default_device(mx.cpu if device == "cpu" else mx.gpu)
+
+
+def _save_model(model: Any, directory: Path, config: RunConfig, tokenizer: AnyTokenizer) -> None:
+    """A model directory that is whole in itself."""
+    from anarcho_model.weights_mlx import save_pretrained
+
+    save_pretrained(model, directory, **special_tokens(config, tokenizer))
+    tokenizer.save(directory)
+
+
+def _load_model(model: Any, directory: Path) -> None:
+    from anarcho_model.weights_mlx import load_weights
+
+    load_weights(model, directory)
