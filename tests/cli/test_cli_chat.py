@@ -13,7 +13,7 @@ from anarcho_cli.commands.chat import _lines, chat
 from anarcho_cli.errors import CommandGroup
 from anarcho_cli.writing import Writer
 from anarcho_model import ModelConfig
-from anarcho_model.generate.engine.torch import Engine
+from anarcho_model.generate.batching import Engine
 from anarcho_model.generate.sampling import SamplingConfig
 from anarcho_model.torch import GPT
 from anarcho_model.weights import save_pretrained

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from anarcho_model.config import InitConfig, ModelConfig
+from anarcho_model.errors import ContextError
 from anarcho_model.layers.torch import AttentionContext, Block, LayerCache, RMSNorm, RotaryTables, compute_dtype, widen
 from anarcho_model.logprobs.torch import chunked_logprobs
 
@@ -38,10 +39,6 @@ if TYPE_CHECKING:
     from anarcho_model.lora.torch import Adapter
 
 __all__ = ["GPT", "ContextError", "KVCache"]
-
-
-class ContextError(ValueError):
-    """More tokens than the model's context, or than a cache, can hold."""
 
 
 class KVCache:

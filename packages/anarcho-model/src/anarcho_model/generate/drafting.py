@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from anarcho_model.generate.sampling import SamplingError
 
 __all__ = ["Draft", "PromptLookup"]
 
 
+@runtime_checkable
 class Draft(Protocol):
     """Whatever guesses how a text goes on."""
 

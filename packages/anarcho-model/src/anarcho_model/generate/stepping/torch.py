@@ -15,7 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from anarcho_model.generate.decoding.torch import Reader, reader_of
+from anarcho_model.generate.drawing.torch import draw_tokens, with_logprobs
 from anarcho_model.generate.graphs.torch import FEWEST_POSITIONS, StepGraphs, round_up
+from anarcho_model.generate.steps import Drawing, NewToken
 from anarcho_model.torch import GPT, KVCache
 
 __all__ = ["Stepper"]
@@ -51,6 +53,7 @@ class Stepper:
         if self.reader is not None and self.graphs is not None:
             self.reader.spare, self.graphs, self.reader = self.graphs, None, None
 
+    @torch.inference_mode()
     def read(
         self, parts: Sequence[Sequence[int]], *, rows: Sequence[int], lengths: Sequence[int]
     ) -> Float[Tensor, "rows vocab"]:
@@ -67,6 +70,7 @@ class Stepper:
         last = torch.tensor([len(part) - 1 for part in parts], device=self.device)
         return _ready(self.model.unembed(hidden[torch.arange(len(parts), device=self.device), last]))
 
+    @torch.inference_mode()
     def step(self, tokens: Sequence[int | None], *, lengths: Sequence[int]) -> Float[Tensor, "going vocab"]:
         """Read one token of each row that is not None, and return the logits after them, without the other rows.
 
@@ -94,6 +98,7 @@ class Stepper:
         )
         return _ready(logits if len(taken) == len(going) else logits[[row - first for row in going]])
 
+    @torch.inference_mode()
     def read_all(self, tokens: Sequence[int], *, length: int) -> Float[Tensor, "tokens vocab"]:
         """Read a few tokens of row 0 after its first `length`, and return the logits after each."""
         ids = torch.tensor([tokens], device=self.device)
@@ -107,6 +112,24 @@ class Stepper:
         return _ready(
             self.reader.read(ids, positions, layers=self.cache.layers, rows=slice(0, 1), extent=stop, alike=alike)
         )
+
+    @torch.inference_mode()
+    def draw(
+        self, logits: Float[Tensor, "_ vocab"], drawings: Sequence[Drawing], *, rows: Sequence[int] | None = None
+    ) -> list[int]:
+        """The next token of these rows of the logits, one for each drawing; None takes all rows."""
+        logits = logits if rows is None else logits[list(rows)]
+        configs, draws = [drawing.config for drawing in drawings], [drawing.draws for drawing in drawings]
+        return draw_tokens(logits, configs=configs, generators=draws)
+
+    @torch.inference_mode()
+    def draw_with_logprobs(
+        self, logits: Float[Tensor, "_ vocab"], drawings: Sequence[Drawing], *, rows: Sequence[int] | None = None
+    ) -> list[NewToken]:
+        """As `draw`, with log-probabilities."""
+        logits = logits if rows is None else logits[list(rows)]
+        tokens = self.draw(logits, drawings)
+        return with_logprobs(tokens, logits, tops=[drawing.top_logprobs for drawing in drawings])
 
     def _refresh(self) -> None:
         """Look whether the weights have changed; done with every prompt, because it takes too long for every step."""
