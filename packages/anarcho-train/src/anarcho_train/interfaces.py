@@ -1,10 +1,12 @@
-"""What the loop asks of the parts that it is given: data, sinks, early stopping and a clock, as protocols."""
+"""What the loop and the steps ask of the parts that they are given: data, draws, sinks, early stopping and a clock, as protocols."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, Protocol
+
+import numpy as np
 
 from anarcho_train.step import Batch
 
@@ -34,6 +36,18 @@ class ValidationBatches(Protocol):
 
     def batches(self, batch_size: int, *, max_windows: int | None = None) -> Iterator[Batch]:
         """Batches of one fixed shape, padded with weight 0; at most ``max_windows`` rows, spread evenly over the text."""
+        ...
+
+
+class Draws(Protocol):
+    """Random arrays for the model's ``token_logprobs``, by the names of its arguments; `anarcho_train.draws` has some."""
+
+    def __call__(self, batch: Batch, *, step: int, first_row: int) -> dict[str, np.ndarray]:
+        """Those of a batch, whose rows are those of the step from ``first_row`` on."""
+        ...
+
+    def neutral(self, batch: Batch) -> dict[str, np.ndarray]:
+        """Arrays of the same shapes with which the model computes as without any."""
         ...
 
 

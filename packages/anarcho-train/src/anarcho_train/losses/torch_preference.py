@@ -19,6 +19,7 @@ from torch import Tensor, exp, expm1, log, log1p, where
 from torch.nn.functional import logsigmoid
 
 from anarcho_train.config import PreferenceConfig
+from anarcho_train.losses.pairs import num_pairs, pair_arrays
 from anarcho_train.losses.torch import answer_logprobs
 from anarcho_train.step import Batch
 
@@ -105,23 +106,11 @@ class PreferenceLoss:
 
     def weight(self, batch: Batch) -> float:
         """Pairs of which both answers count."""
-        _require_pairs(batch)
-        answered = (batch.weights != 0).any(axis=1)
-        return float(np.count_nonzero(answered[0::2] & answered[1::2]))
+        return num_pairs(batch)
 
     def arrays(self, batch: Batch) -> dict[str, np.ndarray]:
         """What the loss reads besides the policy's log-probabilities; raises ValueError where a reference is needed and missing."""
-        arrays = {"weights": batch.weights}
-        if self.config.needs_reference:
-            reference = getattr(batch, "reference", None)
-            if reference is None or reference.shape != batch.weights.shape[:1]:
-                raise ValueError(
-                    f"preference.loss is {self.config.loss}, but the batch has "
-                    f"{'no reference' if reference is None else f'a reference of shape {reference.shape}'}; expected the reference's "
-                    f"log-probabilities of {len(batch.weights)} rows, so compute them first"
-                )
-            arrays["reference"] = reference
-        return arrays
+        return pair_arrays(batch, self.config)
 
     def __call__(self, logprobs: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum of the loss and of the measures over the pairs; ``logprobs`` float32 (rows, length), ``tensors`` are `arrays`'."""
@@ -183,10 +172,3 @@ def _log_odds(mean_logprobs: Tensor) -> Tensor:
     """``log(P / (1 - P))`` from log P, exact at both ends (Mächler 2012, "Accurately computing log(1 - exp(-|a|))")."""
     value = mean_logprobs.clamp(max=_LARGEST_MEAN_LOGPROB)
     return value - where(value < -math.log(2), log1p(-exp(value)), log(-expm1(value)))
-
-
-def _require_pairs(batch: Batch) -> None:
-    if len(batch.weights) % 2:
-        raise ValueError(
-            f"the batch has {len(batch.weights)} rows; expected pairs of a chosen and a rejected answer: prepare the data as preferences"
-        )

@@ -24,11 +24,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from anarcho_train.config import TrainConfig
+from anarcho_train.interfaces import Draws
 from anarcho_train.losses.torch import NextTokenLoss, answer_logprobs
 from anarcho_train.step import Batch, LossSum, StepMetrics, StepSchedule
-
-OPTIMIZER_FILE = "optimizer.safetensors"
-RUNTIME_FILE = "runtime.safetensors"
+from anarcho_train.steps.files import OPTIMIZER_FILE, RUNTIME_FILE
 
 COMPILE_MIN_FLOPS = 5e12
 """A CPU run of fewer floating-point operations ends sooner without compilation: at 150 GFLOP/s it takes about half a minute."""
@@ -44,18 +43,6 @@ class LanguageModel(Protocol):
         self, tokens: Tensor, targets: Tensor, *, positions: Tensor | None = None, segments: Tensor | None = None
     ) -> Tensor:
         """Log-probabilities of ``targets``, float32 (batch, length), in nats; with `Draws`, it takes them as well."""
-        ...
-
-
-class Draws(Protocol):
-    """Random arrays for the model's ``token_logprobs``, by the names of its arguments; `anarcho_train.draws` has some."""
-
-    def __call__(self, batch: Batch, *, step: int, first_row: int) -> dict[str, np.ndarray]:
-        """Those of a batch, whose rows are those of the step from ``first_row`` on."""
-        ...
-
-    def neutral(self, batch: Batch) -> dict[str, np.ndarray]:
-        """Arrays of the same shapes with which the model computes as without any."""
         ...
 
 
@@ -223,7 +210,8 @@ class TorchStep:
         _load_optimizer(directory / OPTIMIZER_FILE, self.optimizer, dict(self.model.named_parameters()))
         with safe_open(directory / RUNTIME_FILE, framework="pt") as file:
             names = set(file.keys())
-            torch.set_rng_state(file.get_tensor("rng.cpu"))
+            if "rng.cpu" in names:  # Another framework's state has another generator.
+                torch.set_rng_state(file.get_tensor("rng.cpu"))
             if self.device.type != "cpu" and f"rng.{self.device.type}" in names:
                 _device_module(self.device).set_rng_state(file.get_tensor(f"rng.{self.device.type}"))
             if self._scaler.is_enabled() and "loss_scale" in names:

@@ -1,0 +1,372 @@
+"""The training step in MLX: compiled once per shape, accumulation by total weight, clipping, update, and an exact state on disk.
+
+Notable: weights, gradients and optimizer state are float32; only what the model computes inside is of the compute type. Gradients are
+evaluated after each micro-batch, so the memory of its activations is free before the next. A step whose gradient is not finite changes
+nothing. Whatever schedules change is an array, never a constant of a compiled function: `MlxStep.traces` stands still after every shape
+has been seen once.
+
+The state on disk is that of `anarcho_train.steps.torch`: the model's files as the caller writes them, ``optimizer.safetensors`` with
+``<parameter>.<state>`` and ``runtime.safetensors`` with the random generator and the loss scale. A run may go on with either.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.optimizers import Optimizer
+from mlx.utils import tree_flatten, tree_map
+from safetensors import safe_open
+
+from anarcho_train.config import TrainConfig
+from anarcho_train.interfaces import Draws
+from anarcho_train.losses.mlx import NextTokenLoss, answer_logprobs
+from anarcho_train.step import Batch, LossSum, StepMetrics, StepSchedule
+from anarcho_train.steps.files import OPTIMIZER_FILE, RUNTIME_FILE
+from anarcho_train.steps.mlx_ranks import gathered, summed
+from anarcho_train.steps.mlx_state import (
+    generator_state,
+    load_optimizer,
+    optimizer_arrays,
+    param_groups,
+    set_generator_state,
+    write_arrays,
+)
+from anarcho_train.steps.scaling import LossScale
+
+COMPILE_MIN_FLOPS = 1e12
+"""A CPU run of fewer floating-point operations ends sooner without compilation: at 10 GFLOP/s it takes about two minutes."""
+
+MAX_COMPILED_SHAPES = 64
+"""Of so many shapes of batches compiled functions are kept, which MLX never lets go; batches of further shapes run uncompiled."""
+
+GENERATOR = "rng.mlx"
+
+
+class LanguageModel(Protocol):
+    """What the step asks of a model besides being an `mlx.nn.Module`.
+
+    Where it also has an attribute ``compute_dtype``, the step sets it to the precision; a model without one runs in float32 alone.
+    """
+
+    def token_logprobs(
+        self,
+        tokens: mx.array,
+        targets: mx.array,
+        *,
+        positions: mx.array | None = None,
+        segments: mx.array | None = None,
+    ) -> mx.array:
+        """Log-probabilities of ``targets``, float32 (batch, length), in nats; with `Draws`, it takes them as well."""
+        ...
+
+
+class StageLoss(Protocol):
+    """The loss of a training stage; everything that it returns is a sum, which the step divides once by the weight of all its batches."""
+
+    def weight(self, batch: Batch) -> float:
+        """What the loss of the batch is a sum over: the targets' weights, or pairs."""
+        ...
+
+    def arrays(self, batch: Batch) -> dict[str, np.ndarray]:
+        """The arrays of the batch that the loss reads besides log-probabilities; they reach it as MLX arrays."""
+        ...
+
+    def __call__(self, logprobs: mx.array, arrays: Mapping[str, mx.array]) -> tuple[mx.array, dict[str, mx.array]]:
+        """From ``logprobs`` float32 (batch, length) the loss, a scalar with a gradient, and further measures, scalars without one."""
+        ...
+
+
+def resolve_precision(name: str, device: mx.Device) -> mx.Dtype:
+    """The compute type: ``auto`` is bfloat16 on a GPU, Apple's or CUDA's, and float32 on the CPU."""
+    if name == "auto":
+        return mx.float32 if device == mx.cpu else mx.bfloat16
+    if name == "float16" and device == mx.cpu:
+        raise ValueError(
+            "train.precision is float16 on the CPU, where it is slow and loses range; use bfloat16, float32 or auto"
+        )
+    return {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}[name]
+
+
+def resolve_compile(name: str, device: mx.Device, *, flops: float) -> bool:
+    """Whether functions are compiled: ``auto`` compiles on a GPU, and on the CPU where the run, of ``flops`` operations, is long enough.
+
+    The answer depends on the configuration and the machine only, so that a resumed run decides alike. Without a C++ compiler, MLX
+    leaves the CPU's operations as they are by itself.
+    """
+    if name != "auto":
+        return name == "on"
+    return device != mx.cpu or flops >= COMPILE_MIN_FLOPS
+
+
+class MlxStep:
+    """`anarcho_train.step.Step` for an MLX model and any MLX optimizer; trains what ``model.trainable_parameters()`` has.
+
+    An optimizer with ``param_groups`` has its rates and momenta set by group; of another, the learning rate. ``save_model`` and
+    ``load_model`` write and read the model's own files, so that the format stays with the model. ``loss`` is that of the stage; left
+    out, of the next token. ``draws`` are what is random in training, and never in an evaluation. ``flops`` is the work of the whole
+    run, for `resolve_compile`. ``notify`` receives one sentence whenever something is worth telling a person.
+
+    With a ``group`` of several ranks, each is given its own share of a step's micro-batches, rank 0 the first: gradients, losses and
+    weights are summed over the ranks and divided once by the weight of them all, so every rank makes the same update and reports the
+    same metrics. Evaluations stay with the rank that asks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        config: TrainConfig,
+        save_model: Callable[[nn.Module, Path], None],
+        load_model: Callable[[nn.Module, Path], None],
+        loss: StageLoss | None = None,
+        draws: Draws | None = None,
+        flops: float = 0.0,
+        group: mx.distributed.Group | None = None,
+        notify: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.device = mx.default_device()
+        self.precision = _set_precision(model, config.precision, self.device)
+        self.compiled = resolve_compile(config.compile, self.device, flops=flops)
+        self.traces = 0
+        """How often a compiled function was traced so far; a step that raises it met a new shape."""
+        self._grad_clip = config.grad_clip
+        self._save_model, self._load_model, self._notify = save_model, load_model, notify
+        self._draws = draws
+        self._loss: StageLoss = NextTokenLoss() if loss is None else loss
+        self._group = group
+        self._scale = LossScale() if self.precision == mx.float16 else None
+        self._token_logprobs: Callable[..., mx.array] = model.token_logprobs  # type: ignore[assignment]
+        self._accepted = inspect.signature(self._token_logprobs).parameters
+        optimizer.init(model.trainable_parameters())
+        self._param_groups = param_groups(optimizer)
+        for param_group in self._param_groups:
+            param_group.setdefault("initial_lr", param_group["lr"])
+        self._shapes: set[Any] = set()
+        self._told_of_shapes = False
+        self._compile()
+
+    def train(self, micro_batches: Sequence[Batch], *, schedule: StepSchedule) -> StepMetrics:
+        """One update; the gradient is that of the mean loss over the weight of all micro-batches, of all ranks, together."""
+        own = float(sum(self._loss.weight(batch) for batch in micro_batches))
+        shares = gathered([own, sum(len(batch.tokens) for batch in micro_batches)], self._group)
+        weight = float(shares[:, 0].sum())
+        first_row = int(shares[: self._group.rank() if self._group else 0, 1].sum())
+        rates = self._apply(schedule)
+        scale = self._scale.scale if self._scale else 1.0
+        factor = scale / weight if weight else math.nan  # A step without any weight has no mean.
+        gradients, total = self._accumulate(micro_batches, factor, number=schedule.number, first_row=first_row)
+        gradients, total = summed(gradients, self._group), self._summed(total, weight)
+        grad_norm = _number(self._norm(gradients, mx.array(1 / scale)))
+        finite = math.isfinite(total.loss) and math.isfinite(grad_norm)
+        if finite:
+            clipping = min(1.0, self._grad_clip / (grad_norm + 1e-6)) if self._grad_clip else 1.0
+            self._update(gradients, mx.array(clipping / scale))
+            del gradients  # Its memory serves the evaluation.
+            mx.eval(self.model.parameters(), self.optimizer.state)
+        if self._scale:
+            self._scale.update(finite=finite)
+        return StepMetrics(
+            loss=total.loss / weight if weight else math.nan,
+            weight=weight,
+            grad_norm=grad_norm,
+            learning_rates=rates,
+            skipped=not finite,
+            measures=total.means() if weight else dict.fromkeys(total.measures, math.nan),
+        )
+
+    def evaluate(self, batch: Batch) -> LossSum:
+        """The summed loss of a batch."""
+        # What the batch lacks is to be found before the model has worked on it.
+        arrays = _arrays(self._loss.arrays(batch))
+        loss, measures = self._loss(self._logprobs(batch), arrays)
+        return self._sums(batch, {"loss": loss, **measures})
+
+    def answer_logprobs(self, batch: Batch) -> np.ndarray:
+        """The log-probability of each row's counted targets, ``sum(weights * logprobs)``, float32 (rows,), in nats.
+
+        Of a model that is not trained yet these are the reference's, in the very arithmetic of the training.
+        """
+        return np.array(answer_logprobs(self._logprobs(batch), mx.array(batch.weights)))
+
+    def save(self, directory: Path) -> None:
+        """Writes the model's files, the optimizer's state and the random state into ``directory``; OSError where they find no room."""
+        self._save_model(self.model, directory)
+        write_arrays(directory / OPTIMIZER_FILE, optimizer_arrays(self.optimizer, self.model))
+        write_arrays(directory / RUNTIME_FILE, self._runtime_arrays())
+
+    def load(self, directory: Path) -> None:
+        """Restores what `save`, or another framework's, wrote; raises ValueError naming the first array that does not fit."""
+        self._load_model(self.model, directory)
+        load_optimizer(directory / OPTIMIZER_FILE, self.optimizer, self.model)
+        with safe_open(directory / RUNTIME_FILE, framework="np") as file:
+            names = set(file.keys())
+            if GENERATOR in names:  # Another framework's state has another generator.
+                set_generator_state(file.get_tensor(GENERATOR))
+            if self._scale and "loss_scale" in names:
+                self._scale.scale = float(file.get_tensor("loss_scale"))
+                self._scale.growth_tracker = int(file.get_tensor("growth_tracker"))
+        mx.eval(self.model.parameters(), self.optimizer.state)
+
+    def _compile(self) -> None:
+        """The functions of a step; what they read besides their arguments is declared, so that its changes are seen."""
+        model, optimizer, generator = self.model.state, self.optimizer.state, mx.random.state
+        self._eager = {"gradients": self._batch_gradients, "logprobs": self._batch_logprobs}
+        if not self.compiled:
+            self._functions = self._eager
+            self._norm, self._update = _global_norm, self._apply_gradients
+            return
+        self._functions = {
+            name: mx.compile(self._traced(function), inputs=[model, generator], outputs=[generator])
+            for name, function in self._eager.items()
+        }
+        self._norm = mx.compile(self._traced(_global_norm))
+        state = [model, optimizer]
+        self._update = mx.compile(self._traced(self._apply_gradients), inputs=state, outputs=state)
+
+    def _traced(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any) -> Any:
+            self.traces += 1
+            return function(*args)
+
+        return counted
+
+    def _function(self, name: str, inputs: Mapping[str, mx.array]) -> Callable[..., Any]:
+        """The compiled function, or the plain one for shapes beyond `MAX_COMPILED_SHAPES`."""
+        shapes = tuple((key, value.shape) for key, value in inputs.items())
+        if shapes not in self._shapes and self.compiled:
+            if len(self._shapes) >= MAX_COMPILED_SHAPES:
+                self._tell_of_shapes()
+                return self._eager[name]
+            self._shapes.add(shapes)
+        return self._functions[name]
+
+    def _tell_of_shapes(self) -> None:
+        if not self._told_of_shapes:
+            self._notify(f"batches have more than {MAX_COMPILED_SHAPES} shapes; those that come late run uncompiled")
+        self._told_of_shapes = True
+
+    def _batch_gradients(
+        self, inputs: dict[str, mx.array], arrays: dict[str, mx.array], factor: mx.array, total: Any
+    ) -> tuple[dict[str, mx.array], Any]:
+        """The sums of a batch, and the gradient of ``factor`` times its loss on top of ``total``, which is None at first."""
+
+        def scaled_loss() -> tuple[mx.array, dict[str, mx.array]]:
+            loss, measures = self._loss(self._batch_logprobs(inputs), arrays)
+            return factor * loss, {"loss": loss, **measures}
+
+        parameters = self.model.trainable_parameters()
+        try:
+            (_, sums), gradients = nn.value_and_grad(self.model, scaled_loss)()
+        finally:
+            self.model.update(parameters)  # Differentiation leaves its own placeholders in the model.
+        gradients = tree_map(lambda gradient: gradient.astype(mx.float32), gradients)
+        return sums, gradients if total is None else tree_map(mx.add, total, gradients)
+
+    def _batch_logprobs(self, inputs: dict[str, mx.array]) -> mx.array:
+        others = {name: array for name, array in inputs.items() if name not in ("tokens", "targets")}
+        return self._token_logprobs(inputs["tokens"], inputs["targets"], **others)
+
+    def _apply_gradients(self, gradients: Any, factor: mx.array) -> None:
+        scaled = tree_map(lambda gradient: gradient * factor, gradients)
+        self.model.update(self.optimizer.apply_gradients(scaled, self.model.trainable_parameters()))
+
+    def _apply(self, schedule: StepSchedule) -> dict[str, float]:
+        """Sets what the schedules change, and returns the learning rates by group."""
+        rates = {}
+        for index, group in enumerate(self._param_groups):
+            rates[_group_name(index, group)] = group["lr"] = group["initial_lr"] * schedule.lr_scale
+            if schedule.momentum is not None and "momentum" in group:
+                group["momentum"] = schedule.momentum
+        return rates
+
+    def _accumulate(
+        self, micro_batches: Sequence[Batch], factor: float, *, number: int, first_row: int
+    ) -> tuple[Any, LossSum]:
+        total, gradients = LossSum(), None
+        for batch in micro_batches:
+            arrays = _arrays(self._loss.arrays(batch))
+            draws = self._draws(batch, step=number, first_row=first_row) if self._draws else {}
+            first_row += len(batch.tokens)
+            inputs = self._inputs(batch, draws)
+            sums, gradients = self._function("gradients", inputs)(inputs, arrays, mx.array(factor), gradients)
+            mx.eval(sums, gradients)
+            total += self._sums(batch, sums)
+        return gradients, total
+
+    def _logprobs(self, batch: Batch) -> mx.array:
+        inputs = self._inputs(batch, {})
+        return self._function("logprobs", inputs)(inputs)
+
+    def _inputs(self, batch: Batch, draws: Mapping[str, np.ndarray]) -> dict[str, mx.array]:
+        """The model's arguments, in one order: another would be another trace."""
+        for name in draws:
+            if name not in self._accepted:
+                raise ValueError(
+                    f"the training draws {name}, which {type(self.model).__name__}.token_logprobs does not take; expected a model that "
+                    "does: turn the noise off (train.neftune_alpha = 0, no dropout), or use another back-end"
+                )
+        names = ("tokens", "targets", "positions", "segments")
+        ids = {name: getattr(batch, name) for name in names if getattr(batch, name) is not None}
+        return {name: mx.array(array.astype(np.int32, copy=False)) for name, array in ids.items()} | _arrays(draws)
+
+    def _sums(self, batch: Batch, values: dict[str, mx.array]) -> LossSum:
+        """Everything that was measured, evaluated together."""
+        mx.eval(values)
+        numbers = {name: _number(value) for name, value in values.items()}
+        return LossSum(loss=numbers.pop("loss"), weight=self._loss.weight(batch), measures=numbers)
+
+    def _summed(self, total: LossSum, weight: float) -> LossSum:
+        """The sum over the ranks, whose weights together are ``weight``."""
+        names = sorted(total.measures)
+        shares = gathered([total.loss, *(total.measures[name] for name in names)], self._group)
+        loss, *measures = shares.sum(axis=0).tolist()
+        return LossSum(loss=loss, weight=weight, measures=dict(zip(names, measures, strict=True)))
+
+    def _runtime_arrays(self) -> dict[str, mx.array]:
+        arrays = {GENERATOR: generator_state()}
+        if self._scale:
+            arrays["loss_scale"] = mx.array(self._scale.scale, mx.float32)
+            arrays["growth_tracker"] = mx.array(self._scale.growth_tracker, mx.int64)
+        return arrays
+
+
+def _set_precision(model: nn.Module, name: str, device: mx.Device) -> mx.Dtype:
+    """Tells the model its compute type and returns it: what was asked for, or float32 of a model that has no choice."""
+    precision = resolve_precision(name, device)
+    if hasattr(model, "compute_dtype"):
+        model.compute_dtype = precision
+        return precision
+    if name not in ("auto", "float32"):
+        raise ValueError(
+            f"train.precision is {name}, but {type(model).__name__} has no compute_dtype to set; use float32 or auto"
+        )
+    return mx.float32
+
+
+def _global_norm(gradients: Any, unscale: mx.array) -> mx.array:
+    """The 2-norm of all gradients together, each multiplied by ``unscale`` first."""
+    flat: dict[str, mx.array] = dict(tree_flatten(gradients))
+    squares = [mx.square(gradient * unscale).sum() for gradient in flat.values()]
+    return mx.sqrt(mx.stack(squares).sum())
+
+
+def _number(scalar: mx.array) -> float:
+    return float(np.array(scalar))
+
+
+def _arrays(arrays: Mapping[str, np.ndarray]) -> dict[str, mx.array]:
+    return {name: mx.array(array) for name, array in arrays.items()}
+
+
+def _group_name(index: int, group: Mapping[str, Any]) -> str:
+    return str(group.get("name", f"group {index}")).replace(" ", "_")

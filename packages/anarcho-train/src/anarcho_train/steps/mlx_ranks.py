@@ -1,0 +1,57 @@
+"""What several processes of one training step tell each other in MLX: the sum of their gradients, and each one's few numbers.
+
+Notable: arrays travel concatenated, in few calls. Every rank receives the same bits, so all decide alike and their weights stay equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+BUCKET_BYTES = 64 * 2**20
+"""Arrays are sent together until so many bytes are full: many small messages wait for the network, a whole copy would double memory."""
+
+
+def gathered(values: Sequence[float], group: mx.distributed.Group | None) -> np.ndarray:
+    """Each rank's values, float64 (ranks, values), exact to the last bit; a single row without a group."""
+    numbers = np.array(values, dtype=np.float64)
+    if group is None or group.size() == 1:
+        return numbers[None]
+    words = mx.distributed.all_gather(mx.array(numbers.view(np.uint32))[None], group=group)
+    return np.array(words).view(np.float64)
+
+
+def summed(tree: Any, group: mx.distributed.Group | None) -> Any:
+    """The sum over the ranks of a tree of float32 arrays, in buckets of `BUCKET_BYTES`; the tree itself without a group.
+
+    Each bucket is evaluated before the next is begun, so that no more than one is in memory twice.
+    """
+    if group is None or group.size() == 1:
+        return tree
+    named = dict(tree_flatten(tree))
+    for names in _buckets({name: array.nbytes for name, array in named.items()}):
+        flat = mx.concatenate([named[name].reshape(-1) for name in names])
+        total = mx.distributed.all_sum(flat, group=group)
+        ends = np.cumsum([named[name].size for name in names])[:-1].tolist()
+        parts = mx.split(total, ends) if ends else [total]
+        for name, part in zip(names, parts, strict=True):
+            named[name] = part.reshape(named[name].shape)
+        mx.eval([named[name] for name in names])
+    return tree_unflatten(list(named.items()))
+
+
+def _buckets(num_bytes: dict[str, int]) -> Iterator[list[str]]:
+    bucket: list[str] = []
+    size = 0
+    for name, own in num_bytes.items():
+        bucket.append(name)
+        size += own
+        if size >= BUCKET_BYTES:
+            yield bucket
+            bucket, size = [], 0
+    if bucket:
+        yield bucket
