@@ -88,9 +88,8 @@ def main() -> None:
             worst[comparison.name] = (float(largest[0]), float(largest[1]))
             differs[comparison.name] = comparison.differs
     table = _table(worst, differs)
-    print(
-        f"TRL {trl.__version__}, torch {torch.__version__}, {options.batches} batches of {options.pairs} pairs\n\n{table}"
-    )
+    print(f"TRL {trl.__version__}, torch {torch.__version__}, {options.batches} batches of {options.pairs} pairs\n")
+    print(table)
     if options.markdown:
         options.markdown.write_text(table)
     wrong = [name for name, found in worst.items() if not differs[name] and not max(found) <= options.tolerance]
