@@ -15,7 +15,6 @@ from anarcho_cli.serving.limits import make_server
 from anarcho_cli.serving.worker import Worker
 from anarcho_cli.writing import Writer
 from anarcho_model import ModelConfig
-from anarcho_model.generate.engine.torch import Engine
 from anarcho_model.torch import GPT
 from anarcho_model.weights import save_pretrained
 from anarcho_tokenize import TokenizerConfig, train_tokenizer
@@ -35,9 +34,11 @@ def tiny_model(directory: Path, *, context: int = 64) -> Path:
 class Served:
     """A running server; what it is given besides goes to `make_app`."""
 
-    def __init__(self, model: Path, *, connections: int = 64, slots: int = 3, **options: Any) -> None:
-        self.writer = Writer.load(model, device="cpu")
-        self.worker = Worker(Engine(self.writer.model, slots=slots))
+    def __init__(
+        self, model: Path, *, connections: int = 64, slots: int = 3, backend: str = "torch", **options: Any
+    ) -> None:
+        self.writer = Writer.load(model, device="cpu", backend=backend)
+        self.worker = Worker(self.writer.make_engine(slots=slots))
         self.server = make_server(make_app(self.writer, self.worker, name="tiny", **options), connections=connections)
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]}, daemon=True)

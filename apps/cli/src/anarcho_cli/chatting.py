@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from anarcho_cli.layers import suggestion
 
 if TYPE_CHECKING:
-    from anarcho_model.generate.engine.torch import Request
+    from anarcho_model.generate.batching import Request
     from anarcho_model.generate.sampling import SamplingConfig
     from anarcho_tokenize import Message
     from anarcho_tokenize.loading import AnyTokenizer
@@ -39,8 +39,6 @@ class Chat:
     """
 
     def __init__(self, writer: Writer, *, config: SamplingConfig, system: str = "") -> None:
-        from anarcho_model.generate.engine.torch import Engine
-
         self.tokenizer = writer.tokenizer
         self.stops = role_token_ids(writer.tokenizer, vocab_size=writer.model.config.vocab_size)
         self.config = config
@@ -49,7 +47,7 @@ class Chat:
         """User and assistant in turn, without the system message."""
         self.omitted_turns = 0
         """Turns at the beginning that the model did not read for the last answer, because they do not fit."""
-        self.engine = Engine(writer.model, slots=1)
+        self.engine = writer.make_engine(slots=1)
         self.answers = 0
 
     def answer(self, question: str) -> Generator[str, None, None]:

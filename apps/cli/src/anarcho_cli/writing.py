@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from anarcho_cli.inference import inference_of
+
 if TYPE_CHECKING:
-    from anarcho_model.generate.engine.torch import Request
+    from anarcho_model.generate.batching import Engine, Request
     from anarcho_model.generate.sampling import SamplingConfig
-    from anarcho_model.torch import GPT
     from anarcho_tokenize.loading import AnyTokenizer
 
 
@@ -42,18 +43,27 @@ class Completion:
 class Writer:
     """Writes text with a model and its tokenizer."""
 
-    def __init__(self, model: GPT, tokenizer: AnyTokenizer) -> None:
+    def __init__(
+        self, model: Any, tokenizer: AnyTokenizer, *, backend: str = "torch", kv_bits: int | None = None
+    ) -> None:
+        """The model is one of the back-end's; `kv_bits` of 4 or 8 quantise keys and values where it can do that."""
         self.model = model
         self.tokenizer = tokenizer
+        self.kv_bits = kv_bits
+        self._inference = inference_of(backend)
 
     @classmethod
-    def load(cls, directory: Path, *, device: str) -> Writer:
-        """The writer for a Hugging Face model directory that holds its tokenizer; loads torch."""
-        from anarcho_model.weights import load_pretrained
+    def load(cls, directory: Path, *, device: str, backend: str = "torch", kv_bits: int | None = None) -> Writer:
+        """The writer for a Hugging Face model directory that holds its tokenizer; loads the framework."""
         from anarcho_tokenize import load_tokenizer
 
         tokenizer = load_tokenizer(directory)
-        return cls(load_pretrained(directory, device=device), tokenizer)
+        model = inference_of(backend).load_model(directory, device=device)
+        return cls(model, tokenizer, backend=backend, kv_bits=kv_bits)
+
+    def make_engine(self, *, slots: int, context: int | None = None) -> Engine:
+        """An engine that writes so many texts at once, each of at most `context` tokens with its prompt."""
+        return self._inference.make_engine(self.model, slots=slots, context=context, kv_bits=self.kv_bits)
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """The token ids that stand before the new text: end-of-text, then the prompt."""
@@ -79,13 +89,11 @@ class Writer:
 
         Raises SamplingError or ContextError, before anything is written, for a prompt that cannot be read.
         """
-        from anarcho_model.generate.engine.torch import Engine
-
         settings = self._stopping(config)
         encoded = [self.prompt_ids(prompt) for prompt in prompts]
         longest = max(map(len, encoded), default=0) + config.max_new_tokens
         context = min(longest, self.model.config.context_length)
-        engine = Engine(self.model, slots=max(1, min(slots, len(encoded))), context=context)
+        engine = self.make_engine(slots=max(1, min(slots, len(encoded))), context=context)
         start = time.monotonic()
         requests = []
         for number, ids in enumerate(encoded):
@@ -113,9 +121,8 @@ class Writer:
         )
 
     def _tokens(self, prompt: str, config: SamplingConfig) -> Iterator[int]:
-        from anarcho_model.generate.torch import generate
-
-        tokens = generate(self.model, self.prompt_ids(prompt), config=self._stopping(config))
+        settings, ids = self._stopping(config), self.prompt_ids(prompt)
+        tokens = self._inference.generate(self.model, ids, config=settings, kv_bits=self.kv_bits)
         # A vocabulary that is padded to a rounder size has ids without a piece; an untrained model may draw them.
         return (token for token in tokens if token < self.tokenizer.vocab_size)
 

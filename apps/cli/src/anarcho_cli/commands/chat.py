@@ -12,7 +12,20 @@ import typer
 
 from anarcho_cli.devices import Device
 from anarcho_cli.models import Which
-from anarcho_cli.sampling_options import Checkpoint, MaxNewTokens, MinP, Model, RunsOn, Seed, Temperature, TopK, TopP
+from anarcho_cli.sampling_options import (
+    Checkpoint,
+    KvBits,
+    MaxNewTokens,
+    MinP,
+    Model,
+    RunsOn,
+    RunsWith,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+    chosen_place,
+)
 
 if TYPE_CHECKING:
     from anarcho_cli.chatting import Chat
@@ -41,7 +54,9 @@ def chat(
     min_p: MinP = None,
     seed: Seed = None,
     checkpoint: Checkpoint = Which.last,
+    backend: RunsWith = None,
     device: RunsOn = Device.auto,
+    kv_bits: KvBits = None,
 ) -> None:
     """Converse with a model that was fine-tuned on conversations; a line is a message, /help lists what else there is."""
     from anarcho_model.generate.sampling import SamplingConfig
@@ -54,10 +69,11 @@ def chat(
     directory = find_model(model, which=checkpoint)
 
     from anarcho_cli.chatting import Chat
-    from anarcho_cli.devices import resolve_device
     from anarcho_cli.writing import Writer
 
-    conversation = Chat(Writer.load(directory, device=resolve_device(device).device), config=config, system=system)
+    conversation = Chat(
+        Writer.load(directory, **chosen_place(backend, device), kv_bits=kv_bits), config=config, system=system
+    )
     for line in _lines():
         if line == "/exit":
             break

@@ -10,6 +10,7 @@ import typer
 from anarcho_cli.devices import Device
 from anarcho_cli.evaluation.sources import Part, TextSource
 from anarcho_cli.models import Which
+from anarcho_cli.sampling_options import RunsWith, chosen_place
 
 if TYPE_CHECKING:
     from anarcho_cli.evaluation.report import Evaluation
@@ -48,6 +49,7 @@ def evaluate(
         int, typer.Option("--batch-tokens", min=1, help="Tokens that a model reads at a time.")
     ] = 8192,
     checkpoint: Annotated[Which, typer.Option("--checkpoint", help="Which checkpoint of a run.")] = Which.last,
+    backend: RunsWith = None,
     device: Annotated[Device, typer.Option("--device", help="Where the models run.")] = Device.auto,
     json: Annotated[bool, typer.Option("--json", help="Print one object with all measures.")] = False,
 ) -> None:
@@ -68,15 +70,13 @@ def evaluate(
         source.check()
     read = [read_task(path, shots=shots, limit=limit) for path in tasks or []]
 
-    from anarcho_cli.devices import resolve_device
-
-    place = resolve_device(device).device
+    places = chosen_place(backend, device)
     found = {
-        name: _measure(directory, sources, read, device=place, batch_tokens=batch_tokens, chat=chat)
+        name: _measure(directory, sources, read, places=places, batch_tokens=batch_tokens, chat=chat)
         for name, directory in directories.items()
     }
     if json:
-        settings = {"device": place, "shots": shots, "chat": chat, "limit": limit, "dtype": "float32"}
+        settings = {**places, "shots": shots, "chat": chat, "limit": limit, "dtype": "float32"}
         print_json(to_json(found, compare=compare, settings=settings))
     else:
         print_report(found, compare=compare)
@@ -92,7 +92,13 @@ def _check(models: list[Path], *, compare: bool) -> None:
 
 
 def _measure(
-    directory: Path, sources: list[TextSource], tasks: list[Task], *, device: str, batch_tokens: int, chat: bool
+    directory: Path,
+    sources: list[TextSource],
+    tasks: list[Task],
+    *,
+    places: dict[str, str],
+    batch_tokens: int,
+    chat: bool,
 ) -> list[Evaluation]:
     """All texts and tasks with one model, which is let go of at the end."""
     from anarcho_cli.evaluation.answers import evaluate_task
@@ -100,7 +106,7 @@ def _measure(
     from anarcho_cli.evaluation.texts import evaluate_text
     from anarcho_cli.output import note
 
-    subject = Subject.load(directory, device=device, batch_tokens=batch_tokens)
+    subject = Subject.load(directory, **places, batch_tokens=batch_tokens)
     return [
         *(evaluate_text(subject, source, notify=note) for source in sources),
         *(evaluate_task(subject, task, as_chat=chat) for task in tasks),

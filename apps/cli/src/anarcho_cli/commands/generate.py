@@ -11,7 +11,20 @@ import typer
 
 from anarcho_cli.devices import Device
 from anarcho_cli.models import Which
-from anarcho_cli.sampling_options import Checkpoint, MaxNewTokens, MinP, Model, RunsOn, Seed, Temperature, TopK, TopP
+from anarcho_cli.sampling_options import (
+    Checkpoint,
+    KvBits,
+    MaxNewTokens,
+    MinP,
+    Model,
+    RunsOn,
+    RunsWith,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+    chosen_place,
+)
 
 if TYPE_CHECKING:
     from anarcho_cli.writing import Completion
@@ -36,7 +49,9 @@ def generate(
     min_p: MinP = None,
     seed: Seed = None,
     checkpoint: Checkpoint = Which.last,
+    backend: RunsWith = None,
     device: RunsOn = Device.auto,
+    kv_bits: KvBits = None,
     slots: Annotated[int, typer.Option("--slots", min=1, help="Most texts to write at once.")] = 16,
     json: Annotated[
         bool, typer.Option("--json", help="Print an object with text, tokens and time; of several texts, one a line.")
@@ -53,10 +68,9 @@ def generate(
     directory = find_model(model, which=checkpoint)
     texts = _read_prompts(prompt or [], prompts)
 
-    from anarcho_cli.devices import resolve_device
     from anarcho_cli.writing import Writer
 
-    writer = Writer.load(directory, device=resolve_device(device).device)
+    writer = Writer.load(directory, **chosen_place(backend, device), kv_bits=kv_bits)
     if prompts is not None or len(texts) > 1:
         _print_all(texts, writer.complete_all(texts, config=config, slots=slots), model=directory, json=json)
     elif json:

@@ -8,7 +8,18 @@ import typer
 
 from anarcho_cli.devices import Device
 from anarcho_cli.models import Which
-from anarcho_cli.sampling_options import Checkpoint, MinP, Model, RunsOn, Temperature, TopK, TopP
+from anarcho_cli.sampling_options import (
+    Checkpoint,
+    KvBits,
+    MinP,
+    Model,
+    RunsOn,
+    RunsWith,
+    Temperature,
+    TopK,
+    TopP,
+    chosen_place,
+)
 
 
 def serve(
@@ -60,7 +71,9 @@ def serve(
     ] = 256,
     max_body_bytes: Annotated[int, typer.Option("--max-body-bytes", min=1, help="Most bytes of a request.")] = 2**20,
     checkpoint: Checkpoint = Which.last,
+    backend: RunsWith = None,
     device: RunsOn = Device.auto,
+    kv_bits: KvBits = None,
 ) -> None:
     """Serve a model until it is interrupted: a chat page at /, and OpenAI's interface at /v1.
 
@@ -80,9 +93,6 @@ def serve(
 
     import socket
 
-    from anarcho_model.generate.engine.torch import Engine
-
-    from anarcho_cli.devices import resolve_device
     from anarcho_cli.output import note
     from anarcho_cli.serving.access import LOOPBACK, Access
     from anarcho_cli.serving.app import make_app
@@ -90,8 +100,8 @@ def serve(
     from anarcho_cli.serving.worker import Worker
     from anarcho_cli.writing import Writer
 
-    writer = Writer.load(directory, device=resolve_device(device).device)
-    engine = Engine(writer.model, slots=slots, context=context)
+    writer = Writer.load(directory, **chosen_place(backend, device), kv_bits=kv_bits)
+    engine = writer.make_engine(slots=slots, context=context)
     hosts = LOOPBACK | {item.lower() for item in allow_host or []} if host in LOOPBACK else None
     app = make_app(
         writer,

@@ -46,14 +46,16 @@ class HarnessModel(TemplateLM):
         self._stops = tuple(dict.fromkeys([*stop_token_ids, self.eot_token_id]))
 
     @classmethod
-    def load(cls, path: str | Path, *, device: str = "cpu", batch_tokens: int = 8192) -> HarnessModel:
+    def load(
+        cls, path: str | Path, *, device: str = "cpu", backend: str = "torch", batch_tokens: int = 8192
+    ) -> HarnessModel:
         """The model of a run, a checkpoint or a model directory. Raises ModelNotFoundError."""
         from anarcho_model.directory import load_stop_token_ids
 
         from anarcho_cli.models import find_model
 
         directory = find_model(Path(path))
-        subject = Subject.load(directory, device=device, batch_tokens=batch_tokens)
+        subject = Subject.load(directory, device=device, backend=backend, batch_tokens=batch_tokens)
         return cls(subject, stop_token_ids=load_stop_token_ids(directory))
 
     @property
@@ -140,9 +142,10 @@ class HarnessModel(TemplateLM):
 
     def _write(self, context: str, settings: Mapping[str, Any]) -> str:
         from anarcho_model.generate.sampling import SamplingConfig
-        from anarcho_model.generate.torch import generate
         from anarcho_tokenize import StreamDecoder
         from lm_eval.models.utils import normalize_gen_kwargs  # pyright: ignore[reportMissingImports]
+
+        from anarcho_cli.inference import inference_of
 
         tokenizer, model = self.subject.tokenizer, self.subject.model
         asked = normalize_gen_kwargs(dict(settings), _MAX_NEW_TOKENS)
@@ -158,7 +161,8 @@ class HarnessModel(TemplateLM):
         prompt = self.tok_encode(context)[-(model.config.context_length - room) :] or [self.prefix_token_id]
         decoder, ends = StreamDecoder(tokenizer), asked.get("until", [])
         # A vocabulary that is padded to a rounder size has ids without a piece.
-        known = (token for token in generate(model, prompt, config=sampling) if token < tokenizer.vocab_size)
+        tokens = inference_of(self.subject.backend).generate(model, prompt, config=sampling)
+        known = (token for token in tokens if token < tokenizer.vocab_size)
         text = ""
         for token in known:
             text += decoder.push(token)

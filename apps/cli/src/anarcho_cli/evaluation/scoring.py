@@ -13,16 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from anarcho_cli.evaluation.errors import EvaluationError
-
-if TYPE_CHECKING:
-    from anarcho_model.torch import GPT
-    from torch import Tensor
+from anarcho_cli.inference import inference_of
 
 # Requests that are held and sorted at a time: enough for full batches, and a bound on memory for endless sources.
 _BLOCK_TOKENS = 2**20
@@ -85,9 +82,13 @@ def windows_of(num_tokens: int, *, first_target: int, context_length: int) -> It
 class Scorer:
     """Scores requests with a model, on the model's device."""
 
-    def __init__(self, model: GPT, *, batch_tokens: int = 8192) -> None:
-        """`batch_tokens` bounds the tokens of a batch, padding included; a batch holds at least one window."""
+    def __init__(self, model: Any, *, backend: str = "torch", batch_tokens: int = 8192) -> None:
+        """The model is one of the back-end's; `batch_tokens` bounds the tokens of a batch, padding included.
+
+        A batch holds at least one window.
+        """
         self.model = model
+        self._inference = inference_of(backend)
         self.batch_tokens = batch_tokens
 
     def score(self, requests: Iterable[Request]) -> Iterator[Score]:
@@ -145,8 +146,6 @@ class Scorer:
         self, rows: Sequence[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]]
     ) -> list[tuple[float, bool]]:
         """Sum of log-probabilities, and greediness, of the tokens of each row at given places, at least one in all."""
-        import torch
-
         width = max(len(tokens) for tokens, _ in rows) - 1
         padded = np.zeros((len(rows), width), dtype=np.int64)
         for row, (tokens, _) in enumerate(rows):
@@ -155,30 +154,10 @@ class Scorer:
         # A token is predicted at the place before its own.
         sources = np.concatenate([row * width + places - 1 for row, (_, places) in enumerate(rows)])
         targets = np.concatenate([tokens[places] for tokens, places in rows]).astype(np.int64)
-        device = self.model.head_weight.device
-        with torch.inference_mode():
-            hidden = self.model.hidden_states(torch.from_numpy(padded).to(device))
-            chosen = hidden.reshape(-1, hidden.shape[-1])[torch.from_numpy(sources).to(device)]
-            logprobs, likeliest = self._judge(chosen, torch.from_numpy(targets).to(device))
+        logprobs, likeliest = self._inference.judge(self.model, padded, sources=sources, targets=targets)
         bounds = np.cumsum([len(places) for _, places in rows])[:-1]
         parts = zip(np.split(logprobs, bounds), np.split(likeliest, bounds), strict=True)
         return [(float(part.sum()), bool(best.all())) for part, best in parts]
-
-    def _judge(self, hidden: Tensor, targets: Tensor) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
-        """Log-probability of each target, and whether it is the likeliest."""
-        import torch
-        from anarcho_model.logprobs.torch import chunk_tokens
-
-        size = chunk_tokens(
-            len(targets), vocab_size=self.model.head_weight.shape[0], chunk_bytes=self.model.logits_chunk_bytes
-        )
-        logprobs, likeliest = [], []
-        for part, wanted in zip(hidden.split(size), targets.split(size), strict=True):
-            logits = self.model.unembed(part.contiguous()).float()
-            found = logits.gather(1, wanted[:, None])[:, 0]
-            logprobs.append((found - logits.logsumexp(1)).cpu())
-            likeliest.append((logits.argmax(1) == wanted).cpu())
-        return torch.cat(logprobs).numpy().astype(np.float64), torch.cat(likeliest).numpy()
 
     def _check(self, tokens: npt.NDArray[np.int32]) -> None:
         """An id beyond the embedding is a mistake of the model directory, and would be an obscure failure of the device."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from anarcho_cli.serving.worker import Worker
 
 if TYPE_CHECKING:
-    from anarcho_model.generate.engine.torch import NewToken
+    from anarcho_model.generate.batching import NewToken
     from anarcho_model.generate.sampling import SamplingConfig
     from anarcho_tokenize.loading import AnyTokenizer
 

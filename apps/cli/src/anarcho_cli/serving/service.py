@@ -131,8 +131,8 @@ def _task(
     """The request in the engine's terms. Raises RequestError for settings or prompts that the engine would refuse."""
     import dataclasses
 
-    from anarcho_model.generate.torch import check_prompt
-    from anarcho_model.torch import ContextError
+    from anarcho_model.errors import ContextError
+    from anarcho_model.generate.prompts import check_prompt
 
     context, vocab_size = service.worker.engine.context, service.writer.model.config.vocab_size
     most = min(service.defaults.max_new_tokens, context)

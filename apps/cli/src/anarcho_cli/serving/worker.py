@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from anarcho_model.generate.engine.torch import Engine, NewToken, Request
+    from anarcho_model.generate.batching import Engine, NewToken, Request
     from anarcho_model.generate.sampling import SamplingConfig
 
 STALLED_SECONDS = 120.0
