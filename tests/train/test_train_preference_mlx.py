@@ -16,7 +16,7 @@ from anarcho_train.losses import mlx as mlx_losses
 from anarcho_train.losses import mlx_preference, torch_preference
 from anarcho_train.losses import torch as torch_losses
 
-from .mlx_toy import flat, make_step
+from .mlx_bigram import flat, make_step
 from .test_train_preference import ALL, NAMES, make_pairs
 
 SCHEDULE = StepSchedule(lr_scale=1.0)
@@ -28,7 +28,11 @@ def in_torch(config: PreferenceConfig, logprobs: np.ndarray, pairs) -> tuple[flo
     leaf = torch.from_numpy(logprobs).requires_grad_()
     value, measures = loss(leaf, arrays)
     value.backward()
-    return float(value.detach()), leaf.grad.numpy(), {name: float(measure.detach()) for name, measure in measures.items()}
+    return (
+        float(value.detach()),
+        leaf.grad.numpy(),
+        {name: float(measure.detach()) for name, measure in measures.items()},
+    )
 
 
 def in_mlx(config: PreferenceConfig, logprobs: np.ndarray, pairs) -> tuple[float, np.ndarray, dict[str, float]]:

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from .conftest import CountingText
-from .mlx_toy import Bigram, Noisy, flat, make_step, same
+from .mlx_bigram import Bigram, Noisy, flat, make_step, same
 
 SCHEDULE = StepSchedule(lr_scale=1.0)
 

@@ -1,11 +1,13 @@
 """What several processes of one training step tell each other in MLX: the sum of their gradients, and each one's few numbers.
 
 Notable: arrays travel concatenated, in few calls. Every rank receives the same bits, so all decide alike and their weights stay equal.
+A rank that was killed ends the others at their next exchange, with `RankLost`; a machine that merely stopped answering does not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -15,14 +17,21 @@ from mlx.utils import tree_flatten, tree_unflatten
 BUCKET_BYTES = 64 * 2**20
 """Arrays are sent together until so many bytes are full: many small messages wait for the network, a whole copy would double memory."""
 
+_TRANSPORTS = ("[ring]", "[jaccl]", "[mpi]", "[nccl]")
+
+
+class RankLost(ConnectionError):
+    """Another process of the run has ended or cannot be reached any more."""
+
 
 def gathered(values: Sequence[float], group: mx.distributed.Group | None) -> np.ndarray:
     """Each rank's values, float64 (ranks, values), exact to the last bit; a single row without a group."""
     numbers = np.array(values, dtype=np.float64)
     if group is None or group.size() == 1:
         return numbers[None]
-    words = mx.distributed.all_gather(mx.array(numbers.view(np.uint32))[None], group=group)
-    return np.array(words).view(np.float64)
+    with _loss_of_ranks():
+        words = mx.distributed.all_gather(mx.array(numbers.view(np.uint32))[None], group=group)
+        return np.array(words).view(np.float64)
 
 
 def summed(tree: Any, group: mx.distributed.Group | None) -> Any:
@@ -40,8 +49,22 @@ def summed(tree: Any, group: mx.distributed.Group | None) -> Any:
         parts = mx.split(total, ends) if ends else [total]
         for name, part in zip(names, parts, strict=True):
             named[name] = part.reshape(named[name].shape)
-        mx.eval([named[name] for name in names])
+        with _loss_of_ranks():
+            mx.eval([named[name] for name in names])
     return tree_unflatten(list(named.items()))
+
+
+@contextmanager
+def _loss_of_ranks() -> Iterator[None]:
+    """Says in one sentence what a transport's error means here."""
+    try:
+        yield
+    except RuntimeError as error:
+        if str(error).startswith(_TRANSPORTS):
+            raise RankLost(
+                f"another process of this run was lost ({error}); start all of them again, and they go on from the last checkpoint"
+            ) from error
+        raise
 
 
 def _buckets(num_bytes: dict[str, int]) -> Iterator[list[str]]:
