@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import jaxtyping
 import pytest
 import torch
 from anarcho_model import InitConfig, ModelConfig
 from anarcho_model.torch import GPT
+
+sys.path.insert(0, str(Path(__file__).parent))  # where pytest's importlib mode does not look for helper modules
 
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits for the first
 

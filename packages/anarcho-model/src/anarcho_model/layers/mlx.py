@@ -1,0 +1,383 @@
+"""The layers of the GPT in MLX: RMSNorm, rotary positions, causal attention, SwiGLU and the block they make up.
+
+Notable:
+
+* norms, rotary angles and the softmax are float32 whatever the weights' type; a norm hands its result on in the compute
+  dtype, and a linear layer computes in the type of what it reads;
+* three functions have gradients of their own, which keep less for backward: the rotation keeps nothing, the gated
+  projection only its two factors, and attention without a fused gradient no scores;
+* what backward computes again depends on the incoming gradient (`mx.depends`), or `mx.compile` would find the same
+  operation in the forward pass and keep its result instead.
+
+Shapes as in `anarcho_model.mlx`. Sources: RMSNorm (arXiv:1910.07467), RoPE (arXiv:2104.09864), GQA (arXiv:2305.13245),
+QK-norm (arXiv:2010.04245), SwiGLU (arXiv:2002.05202), attention without stored scores (arXiv:2112.05682).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from jaxtyping import Float, Int
+
+from anarcho_model.config import ModelConfig
+
+__all__ = [
+    "AttentionContext",
+    "Block",
+    "LayerCache",
+    "LayerStore",
+    "Linear",
+    "RMSNorm",
+    "RotaryAngles",
+    "Rotation",
+    "widen",
+]
+
+
+def widen(x: Float[mx.array, "*shape"]) -> Float[mx.array, "*shape"]:
+    """At least float32."""
+    return x if x.dtype.size >= 4 else x.astype(mx.float32)
+
+
+class Linear(nn.Linear):
+    """A linear layer without bias; its weights are cast to the type of its input, inside the graph."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def __call__(self, x: Float[mx.array, "*shape inputs"]) -> Float[mx.array, "*shape outputs"]:
+        return x @ self.weight.astype(x.dtype).T
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, computed in float32 and returned in `dtype` (arXiv:1910.07467)."""
+
+    def __init__(self, size: int, *, eps: float) -> None:
+        super().__init__()
+        self.weight = mx.ones((size,))
+        self.eps = eps
+
+    def __call__(self, x: Float[mx.array, "*shape size"], *, dtype: mx.Dtype) -> Float[mx.array, "*shape size"]:
+        return mx.fast.rms_norm(widen(x), widen(self.weight), self.eps).astype(dtype)
+
+
+class Rotation(NamedTuple):
+    """The rotary angles of one forward pass; MLX computes of it only what is used."""
+
+    cos: Float[mx.array, "rows 1 length half"]
+    """Cosines of the angles."""
+    sin: Float[mx.array, "rows 1 length half"]
+    """Sines of the angles."""
+    periods: Float[mx.array, " half"]
+    """Tokens per radian."""
+    start: int | None
+    """Where positions count up from here in every row, the first one; else None."""
+
+    def __call__(self, x: Float[mx.array, "batch heads length head"]) -> Float[mx.array, "batch heads length head"]:
+        """`rotate` by these angles, in one kernel where its precision is enough."""
+        if self.start is None or not has_fused_rotation(x):
+            return rotate(x, self.cos, self.sin)  # pyright: ignore[reportReturnType]
+        return mx.fast.rope(
+            x, x.shape[-1], traditional=False, base=None, scale=1.0, offset=self.start, freqs=self.periods
+        )
+
+
+class RotaryAngles:
+    """The rotary frequencies in float32, whatever the weights are cast to; not part of the parameters."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        exponents = np.arange(0, config.head_size, 2, dtype=np.float32) / np.float32(config.head_size)
+        frequencies = np.float32(1) / np.float32(config.rope_theta) ** exponents  # in float32 like Transformers
+        if config.rope_scaling is not None:
+            scaled = [config.rope_scaling.scale(frequency) for frequency in frequencies.tolist()]
+            frequencies = np.array(scaled, dtype=np.float32)
+        self.frequencies, self.periods = mx.array(frequencies), mx.array(1 / frequencies)
+        mx.eval(self.frequencies, self.periods)
+
+    def __call__(self, positions: Int[mx.array, "rows length"], *, start: int | None) -> Rotation:
+        """The angles at the given positions, which count up from `start` in every row unless it is None."""
+        angles = positions.astype(mx.float32)[:, None, :, None] * self.frequencies
+        return Rotation(mx.cos(angles), mx.sin(angles), self.periods, start)
+
+
+def has_fused_rotation(x: Float[mx.array, "batch heads length head"]) -> bool:
+    """Whether MLX's own rotation is as precise as ours: on a GPU it computes in float32, on a CPU in the type of `x`.
+
+    Its angles are periods' reciprocals, which at position 4096 may be off by 5e-4: too much for float32 alone.
+    """
+    return x.dtype.size == 2 and mx.default_device() == mx.gpu
+
+
+@mx.custom_function
+def rotate(
+    x: Float[mx.array, "batch heads length head"],
+    cos: Float[mx.array, "rows 1 length half"],
+    sin: Float[mx.array, "rows 1 length half"],
+) -> Float[mx.array, "batch heads length head"]:
+    """Turn the pairs (i, i + head/2) of each head by its position's angles, in float32; returned in the type of `x`."""
+    half = x.shape[-1] // 2
+    first, second = x[..., :half], x[..., half:]
+    turned = [(first * cos - second * sin).astype(x.dtype), (second * cos + first * sin).astype(x.dtype)]
+    return mx.concatenate(turned, axis=-1)
+
+
+@rotate.vjp
+def _rotate_vjp(primals: Sequence[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """The gradient is turned back; angles have none."""
+    _, cos, sin = primals
+    return rotate(cotangent, cos, -sin), mx.zeros_like(cos), mx.zeros_like(sin)  # pyright: ignore[reportReturnType]
+
+
+@mx.custom_function
+def project_gated(
+    gate: Float[mx.array, "*shape hidden"],
+    up: Float[mx.array, "*shape hidden"],
+    weight: Float[mx.array, "dim hidden"],
+) -> Float[mx.array, "*shape dim"]:
+    """`(silu(gate) * up) @ weight.T`; backward keeps `gate` and `up` alone and multiplies them again."""
+    return (nn.silu(gate) * up) @ weight.T
+
+
+@project_gated.vjp
+def _project_gated_vjp(
+    primals: Sequence[mx.array], cotangent: mx.array, _: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    gate, up, weight = mx.depends(list(primals), [cotangent])
+    sigmoid = mx.sigmoid(gate)
+    gated = gate * sigmoid
+    grad = cotangent @ weight
+    hidden = gated * up
+    grad_weight = cotangent.reshape(-1, cotangent.shape[-1]).T @ hidden.reshape(-1, hidden.shape[-1])
+    return grad * up * (sigmoid + gated * (1 - sigmoid)), grad * gated, grad_weight
+
+
+KEPT_SCORES_BYTES = 8 * 2**20
+"""Up to this size, the attention scores of a layer are kept for backward where its gradient is not a fused kernel."""
+SCORES_CHUNK_BYTES = 256 * 2**20
+"""Otherwise at most about this many bytes of float32 scores exist at a time, in forward and in backward."""
+
+
+def attend(
+    q: Float[mx.array, "batch heads length head"],
+    k: Float[mx.array, "batch kv keys head"],
+    v: Float[mx.array, "batch kv keys head"],
+    *,
+    mask: Float[mx.array, "rows 1 length keys"] | None,
+) -> Float[mx.array, "batch heads length head"]:
+    """Softmax attention scaled by 1/sqrt(head), with `mask` added to the scores, or without one to all keys up to the query."""
+    return mx.fast.scaled_dot_product_attention(
+        q, k, v, scale=1 / math.sqrt(q.shape[-1]), mask="causal" if mask is None else mask
+    )
+
+
+def attend_in_training(
+    q: Float[mx.array, "batch heads length head"],
+    k: Float[mx.array, "batch kv length head"],
+    v: Float[mx.array, "batch kv length head"],
+    *,
+    mask: Float[mx.array, "rows 1 length length"] | None,
+) -> Float[mx.array, "batch heads length head"]:
+    """`attend` for queries and keys of the same tokens, whose backward never holds the scores of a long sequence whole.
+
+    MLX has a fused gradient on CUDA alone; elsewhere it would keep the scores of every layer. There the queries go in
+    chunks that see only the keys before them, half of the work, and backward computes each chunk's scores again.
+    """
+    batch, heads, length, _ = q.shape
+    if has_fused_gradient(q) or batch * heads * length**2 * q.dtype.size <= KEPT_SCORES_BYTES:
+        return attend(q, k, v, mask=mask)
+    size = max(1, min(length, SCORES_CHUNK_BYTES // (4 * batch * heads * length)))
+    return attend_in_chunks(q, k, v, mask=mask, size=-(-length // -(-length // size)))
+
+
+def has_fused_gradient(q: Float[mx.array, "batch heads length head"]) -> bool:
+    """Whether MLX's attention has a kernel for its gradient (MLX 0.32: cuDNN's conditions)."""
+    head = q.shape[-1]
+    fits = q.dtype in (mx.float16, mx.bfloat16) and head % 8 == 0 and head <= 128 and q.shape[2] % 128 == 0
+    return fits and mx.default_device() == mx.gpu and mx.cuda.is_available()
+
+
+def attend_in_chunks(
+    q: Float[mx.array, "batch heads length head"],
+    k: Float[mx.array, "batch kv length head"],
+    v: Float[mx.array, "batch kv length head"],
+    *,
+    mask: Float[mx.array, "rows 1 length length"] | None,
+    size: int,
+) -> Float[mx.array, "batch heads length head"]:
+    """`attend`, `size` queries at a time, in forward and in backward."""
+
+    def part(start: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        stop = start + q.shape[2]
+        rows = None if mask is None else mask[:, :, start:stop, :stop]
+        return attend(q, k, v, mask=rows)
+
+    starts = range(0, q.shape[2], size)
+
+    @mx.custom_function
+    def whole(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        parts: list[mx.array] = []
+        for start in starts:
+            queries = q[:, :, start : start + size]
+            if parts:  # one after the other, or the scores of all would exist at once
+                queries = mx.depends(queries, parts[-1])
+            stop = start + queries.shape[2]
+            parts.append(part(start, queries, k[:, :, :stop], v[:, :, :stop]))
+        return mx.concatenate(parts, axis=2)
+
+    @whole.vjp
+    def _(primals: Sequence[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        q, k, v = primals
+        grad_k, grad_v = mx.zeros(k.shape, mx.float32), mx.zeros(v.shape, mx.float32)
+        grads_q: list[mx.array] = []
+        before: list[mx.array] = [cotangent]
+        for start in starts:
+            queries, upstream = mx.depends(
+                [q[:, :, start : start + size], cotangent[:, :, start : start + size]], before
+            )
+            stop = start + queries.shape[2]
+            inputs = [queries, k[:, :, :stop], v[:, :, :stop]]
+            dq, dk, dv = mx.vjp(lambda q, k, v, start=start: part(start, q, k, v), inputs, [upstream])[1]
+            grad_k, grad_v = grad_k.at[:, :, :stop].add(widen(dk)), grad_v.at[:, :, :stop].add(widen(dv))
+            grads_q.append(dq)
+            before = [dq, grad_k, grad_v]
+        return mx.concatenate(grads_q, axis=2), grad_k.astype(k.dtype), grad_v.astype(v.dtype)
+
+    return whole(q, k, v)  # pyright: ignore[reportReturnType]
+
+
+class AttentionContext(NamedTuple):
+    """What all layers of one forward pass share."""
+
+    dtype: mx.Dtype
+    """The compute dtype."""
+    rotation: Rotation
+    """By which queries and keys are turned."""
+    mask: Float[mx.array, "rows 1 length extent"] | None = None
+    """Added to the scores: 0 where a query may see a key, else minus infinity; None means plain causal attention."""
+    positions: Int[mx.array, "batch length"] | None = None
+    """With a cache: where the new tokens are stored."""
+    start: int | None = None
+    """With a cache: the first new token's place, if it is the same in all rows."""
+    extent: int = 0
+    """With a cache: number of stored tokens to attend to."""
+
+
+class LayerStore:
+    """Storage of one layer's keys or values: (rows, kv, capacity, head), as they are or quantised by `mx.quantize`."""
+
+    def __init__(self, shape: tuple[int, int, int, int], *, dtype: mx.Dtype, bits: int | None, group_size: int) -> None:
+        empty = mx.zeros(shape, dtype=dtype)
+        self.bits, self.group_size, self.dtype = bits, group_size, dtype
+        self.parts = self._packed(empty)
+
+    def write(
+        self, new: Float[mx.array, "batch kv length head"], rows: mx.array | None, context: AttentionContext
+    ) -> None:
+        """Store new tokens at their positions, in these rows (None: in all)."""
+        parts = list(self.parts)
+        for index, values in enumerate(self._packed(new.astype(self.dtype))):
+            if rows is None and context.start is not None:
+                parts[index][:, :, context.start : context.start + new.shape[2]] = values
+            else:
+                places = mx.arange(new.shape[0]) if rows is None else rows
+                parts[index][places[:, None], :, context.positions] = values.transpose(0, 2, 1, 3)
+        self.parts = tuple(parts)
+
+    def read(self, rows: mx.array | None, extent: int) -> Float[mx.array, "batch kv extent head"]:
+        """The first `extent` tokens of these rows (None: of all)."""
+        parts = [part[:, :, :extent] for part in self.parts]
+        if rows is not None:
+            parts = [part[rows] for part in parts]
+        if self.bits is None:
+            return parts[0]
+        return mx.dequantize(*parts, group_size=self.group_size, bits=self.bits).astype(self.dtype)
+
+    def _packed(self, values: mx.array) -> tuple[mx.array, ...]:
+        if self.bits is None:
+            return (values,)
+        return tuple(mx.quantize(values, group_size=self.group_size, bits=self.bits))
+
+
+class LayerCache:
+    """Keys and values of one layer; see `KVCache`. With `rows`, the batch is these rows of the stored ones."""
+
+    def __init__(self, keys: LayerStore, values: LayerStore, *, rows: Int[mx.array, " batch"] | None = None) -> None:
+        self.keys, self.values, self.rows = keys, values, rows
+
+    def append(
+        self,
+        keys: Float[mx.array, "batch kv length head"],
+        values: Float[mx.array, "batch kv length head"],
+        context: AttentionContext,
+    ) -> tuple[Float[mx.array, "batch kv extent head"], Float[mx.array, "batch kv extent head"]]:
+        """Store the new tokens at their positions and return everything up to the furthest one."""
+        self.keys.write(keys, self.rows, context)
+        self.values.write(values, self.rows, context)
+        return self.keys.read(self.rows, context.extent), self.values.read(self.rows, context.extent)
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention with rotary positions, grouped key/value heads and optional QK-norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_size = config.num_heads, config.kv_heads, config.head_size
+        self.q_proj = Linear(config.dim, self.heads * self.head_size)
+        self.k_proj = Linear(config.dim, self.kv_heads * self.head_size)
+        self.v_proj = Linear(config.dim, self.kv_heads * self.head_size)
+        self.o_proj = Linear(self.heads * self.head_size, config.dim)
+        self.q_norm = RMSNorm(self.head_size, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_size, eps=config.norm_eps) if config.qk_norm else None
+
+    def __call__(
+        self, x: Float[mx.array, "batch length dim"], context: AttentionContext, cache: LayerCache | None
+    ) -> Float[mx.array, "batch length dim"]:
+        batch, length, _ = x.shape
+        q = self.q_proj(x).reshape(batch, length, self.heads, self.head_size)
+        k = self.k_proj(x).reshape(batch, length, self.kv_heads, self.head_size)
+        v = self.v_proj(x).reshape(batch, length, self.kv_heads, self.head_size).transpose(0, 2, 1, 3)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q, dtype=x.dtype), self.k_norm(k, dtype=x.dtype)
+        q = context.rotation(q.transpose(0, 2, 1, 3))
+        k = context.rotation(k.transpose(0, 2, 1, 3))
+        if cache is None:
+            mixed = attend_in_training(q, k, v, mask=context.mask)
+        else:
+            mixed = attend(q, *cache.append(k, v, context), mask=context.mask)
+        return self.o_proj(mixed.transpose(0, 2, 1, 3).reshape(batch, length, -1))
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward layer: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.dim, config.ffn_size)
+        self.up_proj = Linear(config.dim, config.ffn_size)
+        self.down_proj = Linear(config.ffn_size, config.dim)
+
+    def __call__(self, x: Float[mx.array, "*shape dim"]) -> Float[mx.array, "*shape dim"]:
+        weight = self.down_proj.weight.astype(x.dtype)
+        return project_gated(self.gate_proj(x), self.up_proj(x), weight)  # pyright: ignore[reportReturnType]
+
+
+class Block(nn.Module):
+    """One layer: attention, then feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = SwiGLU(config)
+        self.input_layernorm = RMSNorm(config.dim, eps=config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.dim, eps=config.norm_eps)
+
+    def __call__(
+        self, x: Float[mx.array, "batch length dim"], context: AttentionContext, cache: LayerCache | None = None
+    ) -> Float[mx.array, "batch length dim"]:
+        h = x + self.self_attn(self.input_layernorm(x, dtype=context.dtype), context, cache)
+        return h + self.mlp(self.post_attention_layernorm(h, dtype=context.dtype))

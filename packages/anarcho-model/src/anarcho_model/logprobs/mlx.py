@@ -1,0 +1,99 @@
+"""Log-probabilities of target tokens for MLX, computed a chunk of tokens at a time in forward and in backward.
+
+Every loss is a function of these numbers, and the logits behind them are the largest tensor of a small model (16
+sequences of 4096 tokens and 32000 ids: 8 GB in float32). Notable:
+
+* forward keeps one float32 normaliser a token and drops the logits, backward computes them again, so that never more
+  than one chunk exists;
+* each chunk depends on the one before (`mx.depends`): MLX evaluates a graph in breadth, and would else have the logits
+  of all chunks at once; backward's depend on the incoming gradient, or `mx.compile` would take forward's for them;
+* matrix products run in the compute dtype, normalisers, probabilities and the sum of the weights' gradient are float32.
+
+Source: the recomputed, chunked cross-entropy of Cut Your Losses (Wijmans et al. 2024, arXiv:2411.09009) and Liger
+    Kernel (arXiv:2410.10989).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+from jaxtyping import Float, Int
+
+__all__ = ["chunk_tokens", "chunked_logprobs"]
+
+MAX_ELEMENTS = 2**31 - 1
+
+
+def chunk_tokens(num_tokens: int, *, vocab_size: int, chunk_bytes: int) -> int:
+    """Tokens per chunk, so that a chunk's float32 logits stay within `chunk_bytes` and chunks are of nearly equal size."""
+    most = max(1, min(chunk_bytes // (4 * vocab_size), MAX_ELEMENTS // vocab_size))
+    num_chunks = -(-num_tokens // most)
+    return -(-num_tokens // num_chunks)
+
+
+def chunked_logprobs(
+    hidden: Float[mx.array, "tokens dim"],
+    weight: Float[mx.array, "vocab dim"],
+    targets: Int[mx.array, " tokens"],
+    *,
+    compute_dtype: mx.Dtype,
+    chunk_bytes: int,
+) -> Float[mx.array, " tokens"]:
+    """`log_softmax(hidden @ weight.T)` at `targets`, in float32, differentiable once.
+
+    `chunk_bytes` bounds the float32 logits of one chunk; `compute_dtype` is the element type of the matrix products.
+    """
+    size = chunk_tokens(hidden.shape[0], vocab_size=weight.shape[0], chunk_bytes=chunk_bytes)
+    starts = range(0, hidden.shape[0], size)
+
+    @mx.custom_function
+    def logprobs(hidden: mx.array, weight: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+        return _forward(hidden.astype(compute_dtype), weight.astype(compute_dtype), targets, starts)
+
+    @logprobs.vjp
+    def _(
+        primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array]
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        hidden, weight, targets = primals
+        grad_hidden, grad_weight = _backward(
+            hidden.astype(compute_dtype), weight.astype(compute_dtype), targets, outputs[1], cotangents[0], starts
+        )
+        return grad_hidden.astype(hidden.dtype), grad_weight.astype(weight.dtype), mx.zeros_like(targets)
+
+    return logprobs(hidden, weight, targets)[0]  # pyright: ignore[reportIndexIssue]
+
+
+def _forward(hidden: mx.array, weight: mx.array, targets: mx.array, starts: range) -> tuple[mx.array, mx.array]:
+    """The log-probability of each target and the normaliser of each token."""
+    logprobs: list[mx.array] = []
+    normalisers: list[mx.array] = []
+    for start in starts:
+        rows = slice(start, start + starts.step)
+        part = mx.depends(hidden[rows], logprobs[-1]) if logprobs else hidden[rows]
+        logits = (part @ weight.T).astype(mx.float32)
+        normaliser = mx.logsumexp(logits, axis=-1)
+        target_logits = mx.take_along_axis(logits, targets[rows, None], axis=1)[:, 0]
+        normalisers.append(normaliser)
+        logprobs.append(target_logits - normaliser)
+    return mx.concatenate(logprobs), mx.concatenate(normalisers)
+
+
+def _backward(
+    hidden: mx.array, weight: mx.array, targets: mx.array, normalisers: mx.array, grad_output: mx.array, starts: range
+) -> tuple[mx.array, mx.array]:
+    """Gradients of the hidden states, in the compute dtype, and of the weights, in float32."""
+    ids = mx.arange(weight.shape[0], dtype=targets.dtype)
+    grad_weight = mx.zeros(weight.shape, dtype=mx.float32)
+    grad_hidden: list[mx.array] = []
+    before = [grad_output]
+    for start in starts:
+        rows = slice(start, start + starts.step)
+        part = mx.depends(hidden[rows], before)
+        probabilities = mx.exp((part @ weight.T).astype(mx.float32) - normalisers[rows, None])
+        hits = (ids == targets[rows, None]).astype(mx.float32)
+        grad_logits = ((hits - probabilities) * grad_output[rows, None]).astype(weight.dtype)
+        grad_hidden.append(grad_logits @ weight)
+        grad_weight = grad_weight + (grad_logits.T @ part).astype(mx.float32)
+        before = [grad_hidden[-1], grad_weight]
+    return mx.concatenate(grad_hidden), grad_weight

@@ -1,0 +1,120 @@
+"""Saving and loading a model as a Hugging Face directory, for MLX.
+
+Notable: the files are those of `anarcho_model.weights`, so that a model goes from one framework to the other and to
+    whatever reads Hugging Face's directories. Tied weights are written once. Writing
+    is not atomic and not flushed to the disk: who needs that writes beside the final name, calls fsync and renames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlx.core as mx
+from safetensors import SafetensorError, safe_open
+
+from anarcho_model.config import ModelConfig
+from anarcho_model.directory import (
+    EMBEDDING,
+    HEAD,
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    DirectoryError,
+    check_shapes,
+    load_config,
+    load_stop_token_ids,
+    weight_files,
+    write_config_files,
+)
+from anarcho_model.mlx import GPT
+
+__all__ = [
+    "DirectoryError",
+    "load_config",
+    "load_pretrained",
+    "load_stop_token_ids",
+    "load_weights",
+    "save_pretrained",
+]
+
+
+def save_pretrained(
+    model: GPT,
+    directory: str | Path,
+    *,
+    eos_token_id: int | Sequence[int] | None,
+    pad_token_id: int | None,
+    dtype: mx.Dtype | None = None,
+) -> None:
+    """Write `config.json`, `generation_config.json` and `model.safetensors` into `directory`, which is made if missing.
+
+    `dtype` is the element type in the file; None keeps the parameters' own.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.astype(dtype or tensor.dtype) for name, tensor in model.named_parameters().items()}
+    written = str(tensors[EMBEDDING].dtype).removeprefix("mlx.core.")
+    write_config_files(model.config, directory, eos_token_id=eos_token_id, pad_token_id=pad_token_id, dtype=written)
+    mx.save_safetensors(str(directory / WEIGHTS_FILE), tensors, metadata={"format": "pt"})
+
+
+def load_weights(model: GPT, directory: str | Path) -> None:
+    """Copy the weights of a directory into `model`, converted to its element type.
+
+    Raises:
+        FileNotFoundError: there is neither `model.safetensors` nor an index of several files, or one of those is missing.
+        DirectoryError: a file is damaged, or its tensors are not this model's; nothing has been copied then.
+    """
+    tensors = _read(directory, model.config)
+    parameters = model.named_parameters()
+    loaded = [(name, tensors[name].astype(parameters[name].dtype)) for name in model.config.tensor_shapes()]
+    mx.eval([tensor for _, tensor in loaded])  # now, because the files may be replaced
+    model.load_weights(loaded)
+
+
+def load_pretrained(directory: str | Path, *, dtype: mx.Dtype | None = None) -> GPT:
+    """Build the model that `config.json` describes and load its weights; `dtype` None means float32.
+
+    The model computes in the type of its weights; `compute_dtype` may be set to another.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        DirectoryError: a file is damaged, unsupported or does not fit the other.
+    """
+    model = GPT(load_config(directory))
+    model.set_dtype(dtype or mx.float32)
+    load_weights(model, directory)
+    model.compute_dtype = dtype or mx.float32
+    return model
+
+
+def _read(directory: str | Path, config: ModelConfig) -> dict[str, mx.array]:
+    """The tensors of a directory, which are those of the configuration, not yet read from the disk."""
+    paths = weight_files(directory)
+    shapes: dict[str, tuple[int, ...]] = {}
+    homes: dict[str, Path] = {}
+    tensors: dict[str, mx.array] = {}
+    for path in paths:
+        try:
+            with safe_open(path, framework="np") as file:  # checks what mx.load would believe
+                found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            opened = mx.load(str(path), format="safetensors")
+        except (SafetensorError, RuntimeError) as error:
+            raise DirectoryError(f"{path} is damaged ({error}), expected a safetensors file.") from error
+        for name, shape in found.items():
+            if name in homes:
+                raise DirectoryError(f"{path} and {homes[name]} both hold {name}, expected it once.")
+            homes[name], shapes[name], tensors[name] = path, shape, opened[name]
+    path = paths[0] if len(paths) == 1 else Path(directory) / INDEX_FILE
+    check_shapes(shapes, config, path=path)
+    _check_redundant_head(config, tensors, path)
+    return tensors
+
+
+def _check_redundant_head(config: ModelConfig, tensors: dict[str, mx.array], path: Path) -> None:
+    """A file of tied weights may hold the output layer, too, but only if it says the same."""
+    if config.tie_embeddings and HEAD in tensors and not mx.array_equal(tensors[HEAD], tensors[EMBEDDING]).item():
+        raise DirectoryError(
+            f"{path} holds an {HEAD} that differs from {EMBEDDING}, expected equal ones because "
+            "config.json says tie_word_embeddings; set it to false to load both."
+        )
