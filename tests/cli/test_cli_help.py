@@ -16,6 +16,7 @@ from anarcho_cli.main import app
 from typer.main import get_command
 
 COMMANDS = [
+    "bench",
     "chat",
     "checkpoint list",
     "checkpoint verify",

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from anarcho_cli.commands import (
+    bench,
     chat,
     checkpoint,
     config,
@@ -53,6 +54,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(config.app, name="config")
 app.add_typer(pipeline.app, name="pipeline")
+app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
 
 

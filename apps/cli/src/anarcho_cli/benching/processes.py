@@ -1,0 +1,91 @@
+"""Cases measured one after another, each in a process of its own: its peak of memory is its own, and its crash ends no other.
+
+A case whose forecast exceeds the memory that is there is left out rather than driven into swapping.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from anarcho_cli.benching.cases import Case, Kind
+from anarcho_cli.output import bytes_text
+from anarcho_cli.plan import plan_run
+
+COMMAND = (sys.executable, "-m", "anarcho_cli.benching")
+
+
+def run_cases(
+    cases: Sequence[Case],
+    *,
+    timeout_seconds: float,
+    available_bytes: int,
+    command: Sequence[str] = COMMAND,
+    begin: Callable[[Case], None] = lambda case: None,
+) -> Iterator[dict[str, Any]]:
+    """A row for each case: what it is, its forecast, and its figures or the reason why there are none (`error`)."""
+    for case in cases:
+        forecast = forecast_bytes(case)
+        row = {**describe(case), "forecast_bytes": forecast}
+        if forecast is not None and case.device != "cuda" and forecast > available_bytes:
+            needs, there = bytes_text(forecast), bytes_text(available_bytes)
+            yield {**row, "error": f"left out: it needs {needs} by the forecast, and {there} are free"}
+            continue
+        begin(case)
+        yield row | _run(case, timeout_seconds=timeout_seconds, command=command)
+
+
+def describe(case: Case) -> dict[str, Any]:
+    """What a case measures, as the beginning of its row."""
+    named = {"kind": case.kind.value, "preset": case.preset}
+    if case.kind is Kind.tokenizer:
+        return named
+    return {
+        **named,
+        "backend": case.backend,
+        "device": case.device,
+        "parameters": case.config.model.num_parameters,
+        "micro_batch": case.config.train.micro_batch,
+        "context": case.config.sequence_length,
+        "flops_per_token": case.config.flops_per_token,
+        "batch_tokens": case.config.train.batch_tokens,
+        "gradient_checkpointing": case.config.train.gradient_checkpointing,
+    }
+
+
+def forecast_bytes(case: Case) -> int | None:
+    """The peak of memory that `--dry-run` forecasts for the training; None for what it does not cover."""
+    if case.kind is not Kind.training:
+        return None
+    return plan_run(case.config, device=case.device, backend=case.backend).total_bytes
+
+
+def _run(case: Case, *, timeout_seconds: float, command: Sequence[str]) -> dict[str, Any]:
+    try:
+        done = subprocess.run(
+            command, input=case.to_json(), capture_output=True, text=True, errors="replace", timeout=timeout_seconds
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"it did not end within {timeout_seconds:g} s; give a longer --timeout or a smaller shape"}
+    lines = done.stdout.strip().splitlines()
+    if done.returncode == 0 and lines:
+        return json.loads(lines[-1])
+    return {"error": f"the process ended {_ending(done.returncode)}{_last_words(done.stderr)}"}
+
+
+def _ending(code: int) -> str:
+    if code >= 0:
+        return f"with status {code}"
+    try:
+        return f"by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"by signal {-code}"
+
+
+def _last_words(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return f": {lines[-1][:200]}" if lines else ""

@@ -1,0 +1,95 @@
+"""Training steps of a shape on random tokens: tokens a second, peak memory, and how near to the device's matrix products.
+
+Notable: what is measured is the run's own step with its own optimizer, precision and compilation, put together as a run
+does. The ceiling is measured after the memory is read, with matrix products alone, in the type that the step computes in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from anarcho_cli.back_ends import back_end, precision_name
+from anarcho_cli.benching.cases import Case
+from anarcho_cli.benching.subject import device_name, matrix_product, new_step, published_peak
+from anarcho_cli.benching.timing import best_rate, time_steps
+from anarcho_cli.config import RunConfig
+
+SIZES = (256, 512, 1024, 2048, 4096)
+CUDA_SIZES = (*SIZES, 8192)
+"""Sides of the matrices of which the fastest product is the ceiling."""
+
+
+def measure_training(case: Case) -> dict[str, Any]:
+    """The figures of a case's training step, for the run's own batch."""
+    config, device = case.config, case.device
+    framework = back_end(case.backend)
+    step = new_step(framework, config, device=device)
+    batch = random_batch(config)
+    micro_batches = -(-config.batch_sequences // config.train.micro_batch)
+    losses: list[float] = []
+    times = time_steps(
+        lambda count: losses.append(_train(step, [batch] * count)),
+        repetitions=case.steps,
+        accumulated=micro_batches > 1,
+    )
+    memory = peak_memory("mlx" if case.backend == "mlx" else device, own_memory=device == "cuda")
+    precision, compiled = precision_name(step), step.compiled
+    del step
+    product = matrix_product(case.backend, device=device, precision=precision)
+    name = device_name(framework, device)
+    seconds = times.step(micro_batches)
+    return {
+        "device_name": name,
+        "precision": precision,
+        "compiled": compiled,
+        "tokens_per_second": micro_batches * config.train.micro_batch * config.sequence_length / seconds,
+        "step_seconds": seconds,
+        "micro_batch_seconds": times.micro_batch,
+        "update_seconds": times.update if micro_batches > 1 else None,
+        "first_step_seconds": times.first,
+        "finite": bool(np.isfinite(losses).all()),
+        "ceiling_flops": best_rate(product, sizes=CUDA_SIZES if device == "cuda" else SIZES),
+        "peak_flops": published_peak(name, device=device, precision=precision),
+        **memory,
+    }
+
+
+def random_batch(config: RunConfig) -> Any:
+    """One micro-batch of random tokens, all of them targets."""
+    shape = (config.train.micro_batch, config.sequence_length + 1)
+    ids = np.random.default_rng(0).integers(0, config.model.vocab_size, shape).astype(np.int32)
+    isolated = config.data.isolate_documents
+    rows = np.zeros_like(ids[:, 1:])
+    return SimpleNamespace(
+        tokens=ids[:, :-1],
+        targets=ids[:, 1:],
+        weights=np.ones(ids[:, 1:].shape, np.float32),
+        positions=rows + np.arange(config.sequence_length, dtype=np.int32) if isolated else None,
+        segments=rows if isolated else None,
+    )
+
+
+def peak_memory(name: str, *, own_memory: bool) -> dict[str, int | None]:
+    """Peak bytes: of the device where it has memory of its own, else of this process, as the forecast counts them.
+
+    ``name`` is the device's for `anarcho_monitor.read_memory`. What the framework's allocator says stands beside it.
+    """
+    from anarcho_monitor import read_memory
+
+    reading, process = read_memory(name), read_memory("cpu")
+    return {
+        "peak_bytes": (reading if own_memory else process).peak_bytes,
+        "allocator_peak_bytes": None if name == "cpu" else reading.peak_bytes,
+        "allocator_reserved_bytes": None if name == "cpu" else reading.reserved_bytes,
+    }
+
+
+def _train(step: Any, micro_batches: Sequence[Any]) -> float:
+    """The loss of one step; reading it waits for the device."""
+    from anarcho_train.step import StepSchedule
+
+    return step.train(micro_batches, schedule=StepSchedule(lr_scale=1.0)).loss
