@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -60,16 +61,20 @@ def test_generate_writes_the_text_of_pytorch(options: list[object], model: Path,
     assert written("mlx", *together) == written("torch", *together)
 
 
-def test_generating_with_mlx_alone_never_loads_pytorch(model: Path) -> None:
-    import subprocess
-
+def test_with_mlx_pytorch_is_never_loaded(model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the whale")
+    generating = ["generate", str(model), "the", "-n", "3", *on("mlx")]
+    judging = ["eval", str(model), "--text", str(text), *on("mlx")]
     code = (
         "import sys; from anarcho_cli.main import app\n"
-        f"try: app(['generate', {str(model)!r}, 'the', '-n', '3', '--backend', 'mlx', '--device', 'cpu'])\n"
-        "except SystemExit as end: assert not end.code\n"
+        f"for command in {[generating, judging]!r}:\n"
+        "    try: app(command)\n"
+        "    except SystemExit as end: assert not end.code, end.code\n"
         "assert 'mlx.core' in sys.modules and 'torch' not in sys.modules"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_generate_with_a_quantised_cache(model: Path, anarcho, refused) -> None:

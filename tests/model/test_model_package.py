@@ -18,6 +18,13 @@ def test_everything_free_of_a_framework_imports_without_one():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def test_what_generation_does_for_every_framework_loads_none():
+    names = ("batching", "texts", "speculation", "draws", "prompts", "steps", "drafting")
+    modules = ", ".join(["anarcho_model.errors", *(f"anarcho_model.generate.{name}" for name in names)])
+    code = f"import sys, {modules}; sys.exit(bool({{'torch', 'mlx'}} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_the_example_of_the_readme_runs(tmp_path):
     (example,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # tiny tensors: more threads only wait for each other
