@@ -17,7 +17,7 @@ from anarcho_cli.benching.memory_table import (
     memory_table,
     working_set_bytes,
 )
-from anarcho_cli.benching.report import mac_report
+from anarcho_cli.benching.report import mac_report, remarks
 from anarcho_cli.config import resolve
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "apple-silicon.md"
@@ -101,6 +101,12 @@ def test_a_chip_without_a_published_peak_has_an_empty_cell_and_no_guess() -> Non
     assert "| 26% |  | 1.5 GiB |" in text
 
 
+def test_figures_of_a_computation_that_went_wrong_are_marked() -> None:
+    assert remarks([{**TRAINING, "finite": True}]) == []
+    (line,) = remarks([{**TRAINING, "finite": False}])
+    assert line.startswith("training of small-15m on torch mps: the loss was not finite")
+
+
 def test_elsewhere_the_report_says_that_it_is_of_no_mac_and_is_not_to_be_sent() -> None:
     text = mac_report([TRAINING], {**MAC, "mac": False}, steps=5)
     assert "This is no Mac" in text
@@ -111,7 +117,7 @@ def test_the_report_is_printed_on_any_machine_and_says_what_it_is(anarcho) -> No
     options = ["--preset", "quickstart", "--only", "training", "--backend", "torch", "--device", "cpu"]
     result = anarcho("bench", "--mac-report", "--timeout", 1, *options)  # which is too short for any measurement
     assert "### " in result.stdout
-    assert "Not measured:" in result.stdout
+    assert "* training of quickstart on torch cpu: it did not end within 1 s" in result.stdout
     if not machine.is_apple_silicon():
         assert "this is no Mac with an Apple chip" in result.stderr
 

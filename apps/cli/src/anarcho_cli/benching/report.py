@@ -12,7 +12,7 @@ from anarcho_cli.output import bytes_text, duration_text, print_table
 Row = Mapping[str, Any]
 Column = tuple[str, Callable[[Row], str]]
 
-PEAK_SOURCE = "the maker's published figure, of float32 for an Apple GPU"
+PEAK_SOURCE = "the maker's published figure, for an Apple chip that of float32 on all its GPU cores"
 
 
 def utilisation(row: Row, ceiling: str) -> float | None:
@@ -84,9 +84,8 @@ def print_report(rows: Sequence[Row], machine: Row) -> None:
         measured = [row for row in rows if row["kind"] == kind and "error" not in row]
         if measured:
             print_table([name for name, _ in columns], _cells(measured, columns), title=title)
-    for row in rows:
-        if "error" in row:
-            print(f"{_name(row)}: {row['error']}")
+    for remark in remarks(rows):
+        print(remark)
 
 
 def mac_report(rows: Sequence[Row], machine: Row, *, steps: int) -> str:
@@ -100,12 +99,12 @@ def mac_report(rows: Sequence[Row], machine: Row, *, steps: int) -> str:
         if measured:
             header = [name.lstrip("#") for name, _ in columns]
             parts.append(f"{title.capitalize()}:\n\n{markdown([header, *_cells(measured, columns)])}".rstrip())
-    failed = [f"* {_name(row)}: {row['error']}" for row in rows if "error" in row]
-    if failed:
-        parts.append("Not measured:\n\n" + "\n".join(failed))
+    if failures := remarks(rows):
+        parts.append("\n".join(f"* {remark}" for remark in failures))
     parts.append(
         "*of matmul*: share of what square matrix products alone reached on this machine, in the same type. "
-        f"*of peak*: share of {PEAK_SOURCE}; empty where there is none. *memory*: the most that the process held."
+        f"*of peak*: share of {PEAK_SOURCE}; empty where there is none. "
+        "*memory*: the most that the process held, on CUDA the device."
     )
     if machine["mac"]:
         parts.append(
@@ -113,6 +112,13 @@ def mac_report(rows: Sequence[Row], machine: Row, *, steps: int) -> str:
             "its body, and say whether the Mac ran on mains power and what else it was doing."
         )
     return "\n\n".join(parts)
+
+
+def remarks(rows: Sequence[Row]) -> list[str]:
+    """A line for each row that has no figures, or whose figures are of a computation that went wrong."""
+    lines = [f"{_name(row)}: {row['error']}" for row in rows if "error" in row]
+    wrong = "the loss was not finite, so the device may compute wrong; try `anarcho doctor`"
+    return lines + [f"{_name(row)}: {wrong}" for row in rows if row.get("finite") is False]
 
 
 def machine_line(machine: Row) -> str:
