@@ -142,6 +142,14 @@ def test_a_prompt_read_in_chunks_gives_the_logits_of_one_read_whole(both, monkey
     np.testing.assert_allclose(np.array(second), np.array([after[1][1]]), rtol=0, atol=5e-5)
 
 
+def test_freed_memory_is_let_go_of_while_a_text_grows(small, monkeypatch):
+    cleared = []
+    monkeypatch.setattr("anarcho_model.generate.stepping.mlx.CLEARED_STEPS", 5)
+    monkeypatch.setattr("anarcho_model.generate.stepping.mlx.mx.clear_cache", lambda: cleared.append(None))
+    list(mlx_side.generate(small, [1], config=dataclasses.replace(GREEDY, max_new_tokens=20)))
+    assert len(cleared) == 4
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_requests_that_come_and_go_get_what_each_gets_alone_with_pytorch(both, temperature):
     torch_model, mlx_model = both

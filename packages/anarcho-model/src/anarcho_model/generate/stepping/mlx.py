@@ -19,6 +19,8 @@ __all__ = ["Stepper"]
 
 CHUNK_TOKENS = 512
 """Most tokens of each row that are read at a time."""
+CLEARED_STEPS = 256
+"""So often, memory that MLX keeps of freed arrays is let go of: as a text grows, so do they, and none fits the next."""
 
 
 class Stepper:
@@ -29,7 +31,7 @@ class Stepper:
 
         `kv_bits` of 4 or 8 store these elements quantised.
         """
-        self.model, self.rows = model, rows
+        self.model, self.rows, self.steps = model, rows, 0
         self.cache = KVCache(model, batch=rows, capacity=capacity, bits=kv_bits)
         # Another thread may step: what is not evaluated belongs to the streams of the one that made it.
         mx.eval(self.cache.lengths, [(layer.keys.parts, layer.values.parts) for layer in self.cache.layers])
@@ -59,7 +61,10 @@ class Stepper:
         last = found[0] if len(found) == 1 else mx.concatenate(found)
         if order != sorted(order):
             last = last[mx.array(sorted(range(len(order)), key=order.__getitem__))]
-        return self.model.unembed(last).astype(mx.float32)
+        logits = self.model.unembed(last).astype(mx.float32)
+        # Begun now, or a part of a prompt after which nothing is drawn would wait for the parts after it.
+        mx.async_eval(logits)
+        return logits
 
     def step(self, tokens: Sequence[int | None], *, lengths: Sequence[int]) -> mx.array:
         """Read one token of each row that is not None; float32 logits (going, vocab) after them, without the other rows.
@@ -96,6 +101,9 @@ class Stepper:
         return with_logprobs(tokens, logits, tops=[drawing.top_logprobs for drawing in drawings])
 
     def _hidden(self, tokens: mx.array, *, rows: Sequence[int], lengths: Sequence[int]) -> mx.array:
+        self.steps += 1
+        if self.steps % CLEARED_STEPS == 0:
+            mx.clear_cache()
         cache = self.cache if list(rows) == list(range(self.rows)) else self.cache.select(rows)
         cache.lengths = mx.array(list(lengths), dtype=mx.int32)
         return self.model.hidden_states(tokens, cache=cache)
