@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from anarcho_model.footprint import MemoryForecast, training_memory
-from anarcho_optim.memory import scratch_bytes
+from anarcho_optim.memory import mlx_scratch_bytes, scratch_bytes
 
 from anarcho_cli.config import RunConfig, to_dict
 from anarcho_cli.diagnosis import cpu_features
@@ -93,6 +93,8 @@ def plan_run(config: RunConfig, *, device: str, backend: str = "torch") -> Plan:
     """The plan of a run with a framework on ``device`` (`auto`, `gpu`, `mps`, `cpu` or `cuda`)."""
     dtype_bytes = _dtype_bytes(config.train.precision, device, backend)
     model = config.model
+    mlx = backend == "mlx"
+    scratch = mlx_scratch_bytes if mlx else scratch_bytes
     adamw_alone = config.lora.rank > 0 and config.lora.optimizer == "adamw"
     return Plan(
         config=config,
@@ -105,10 +107,11 @@ def plan_run(config: RunConfig, *, device: str, backend: str = "torch") -> Plan:
             length=config.sequence_length,
             compute_dtype_bytes=dtype_bytes,
             gradient_checkpointing=config.train.gradient_checkpointing,
-            optimizer_scratch_bytes=0 if adamw_alone else scratch_bytes(device, config.trained_parameters),
+            optimizer_scratch_bytes=0 if adamw_alone else scratch(device, config.trained_parameters),
             gradients_held=config.batch_sequences > config.train.micro_batch,
             segments=config.data.isolate_documents,
             adapter=config.lora,
+            framework="mlx" if mlx else "torch",
         ),
         library_bytes=_library_bytes(config.train.compile, device, backend),
         flops=config.flops_per_token * config.total_tokens,

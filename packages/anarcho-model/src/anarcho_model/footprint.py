@@ -10,6 +10,12 @@ total is the largest of the step's moments. One part is measured rather than der
 returns only blocks over 32 MiB to the system, and a process keeps the freed smaller ones. With that switched off
 (`MALLOC_MMAP_THRESHOLD_=262144`) steps of the reference model took 2 to 6 % more than the derived parts.
 
+MLX keeps about the same for backward, so its forecast is the same but for four things, which are measured (MLX 0.32 on a
+CPU, where its allocator counts exactly): a block's backward holds several copies of a chunk of attention scores, which
+PyTorch's kernels never have; a chunk of logits is larger and held in several copies; a checkpointed block's activations
+overlap with its neighbours'; and what the optimizer's update needs is free again for the next step. Freed buffers that
+MLX keeps are not counted: they fill what is left, up to a limit that the program sets.
+
 Units: bytes throughout. dim, query, kv, ffn = widths of the residual stream, of all query heads, of all key heads, of the
 feed-forward layer.
 """
@@ -18,6 +24,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from anarcho_model.config import ModelConfig
 from anarcho_model.lora.config import LoraConfig, adapter_shapes
@@ -29,6 +36,17 @@ FLOAT = 4
 SLACK_BYTES, SLACK_SHARE = 150 * 2**20, 0.3
 """Allocator slack: at most this (twice the step's passing tensors if that is less), and this share of the weights.
 Measured with glibc over six eager runs (5 and 138 million parameters, both precisions, with and without checkpointing)."""
+
+MLX_SCORES = 10
+"""Copies of a block's attention scores, or of a chunk of them, that its backward in MLX holds where there is no kernel for it."""
+MLX_SCORES_CHUNK_ELEMENTS = 64 * 2**20
+"""Elements of the largest chunk of scores in MLX."""
+MLX_LOGITS_COPIES = 3.5
+"""Float32 copies of a chunk of logits in MLX beyond those that PyTorch has."""
+MLX_LOGITS_CHUNK_BYTES = 256 * 2**20
+"""The attribute `logits_chunk_bytes` of the MLX model."""
+MLX_RECOMPUTED = 2.6
+"""Blocks whose recomputed activations MLX holds at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +80,14 @@ class MemoryForecast:
     """Freed memory that the process has not given back; measured, not derived."""
     gradients_held: bool
     """Whether gradients of earlier micro-batches are kept while the next one is computed."""
+    scratch_kept: bool = True
+    """Whether the allocator keeps the optimizer's scratch from step to step, as PyTorch's do; MLX's gives it to what comes next."""
 
     @property
     def total(self) -> int:
         """The peak of a training process, beyond the interpreter and its libraries."""
-        return self.weights + self.optimizer + self.optimizer_scratch + self.transient + self.allocator_slack
+        scratch = self.optimizer_scratch if self.scratch_kept else 0
+        return self.weights + self.optimizer + scratch + self.transient + self.allocator_slack
 
     @property
     def transient(self) -> int:
@@ -77,6 +98,7 @@ class MemoryForecast:
             saved + self.vocabulary_chunk + held,
             saved + self.recomputed + self.backward_scratch + self.embedding_gradient + held,
             self.gradients + self.embedding_gradient * (2 if self.gradients_held else 1),
+            self.gradients + (0 if self.scratch_kept else self.optimizer_scratch),
             self.checkpoint_copy,
         )
 
@@ -91,11 +113,12 @@ def training_memory(
     matrix_optimizer_bytes: int = 4,
     other_optimizer_bytes: int = 8,
     optimizer_scratch_bytes: int = 0,
-    logits_chunk_bytes: int = 64 * 2**20,
+    logits_chunk_bytes: int | None = None,
     gradients_held: bool = True,
     segments: bool = False,
     host_copy: bool = False,
     adapter: LoraConfig | None = None,
+    framework: Literal["torch", "mlx"] = "torch",
 ) -> MemoryForecast:
     """Forecast the memory of training steps, with float32 weights and gradients.
 
@@ -107,15 +130,19 @@ def training_memory(
         matrix_optimizer_bytes: optimizer state per parameter of the blocks' matrices (Muon: 4, AdamW: 8).
         other_optimizer_bytes: optimizer state per parameter of embeddings, output layer and norms (AdamW: 8).
         optimizer_scratch_bytes: what the optimizer's update needs besides.
-        logits_chunk_bytes: as the model's attribute.
+        logits_chunk_bytes: as the model's attribute; None is what it is by default.
         gradients_held: whether a step has several micro-batches, or gradients are zeroed in place rather than freed.
         segments: whether documents are isolated by a mask.
         host_copy: whether saving copies from a device into the same memory, as on a Mac.
         adapter: trained in place of the model's own weights; None, or one of rank 0, trains these.
 
+        framework: whose model it is; with MLX there is no adapter.
+
     Raises:
         ValueError: a size is not positive, `compute_dtype_bytes` is neither 2 nor 4, or the adapter does not fit.
     """
+    if logits_chunk_bytes is None:
+        logits_chunk_bytes = 64 * 2**20 if framework == "torch" else MLX_LOGITS_CHUNK_BYTES
     _check(micro_batch=micro_batch, length=length, logits_chunk_bytes=logits_chunk_bytes)
     if compute_dtype_bytes not in (2, FLOAT):
         raise ValueError(f"compute_dtype_bytes is {compute_dtype_bytes}, expected 2 or 4.")
@@ -160,8 +187,25 @@ def training_memory(
         allocator_slack=0,
         gradients_held=gradients_held,
     )
+    if framework == "mlx":
+        return _in_mlx(forecast, config, tokens=tokens, length=length, compute=compute, chunk_bytes=logits_chunk_bytes)
     slack = min(SLACK_BYTES, 2 * forecast.transient) + int(SLACK_SHARE * weights)
     return replace(forecast, allocator_slack=slack)
+
+
+def _in_mlx(
+    forecast: MemoryForecast, config: ModelConfig, *, tokens: int, length: int, compute: int, chunk_bytes: int
+) -> MemoryForecast:
+    """The forecast with what MLX does in another way; see above."""
+    scores = min(tokens * config.num_heads * length, MLX_SCORES_CHUNK_ELEMENTS)
+    logits = min(tokens * config.vocab_size * FLOAT, max(chunk_bytes, config.vocab_size * FLOAT))
+    return replace(
+        forecast,
+        backward_scratch=forecast.backward_scratch + MLX_SCORES * compute * scores,
+        vocabulary_chunk=forecast.vocabulary_chunk + int(MLX_LOGITS_COPIES * logits),
+        recomputed=int(MLX_RECOMPUTED * forecast.recomputed),
+        scratch_kept=False,
+    )
 
 
 def block_activation_bytes(
