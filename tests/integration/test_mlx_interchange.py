@@ -190,6 +190,15 @@ def test_the_files_are_the_same_in_names_types_and_shapes_and_each_generator_kee
     assert mx.array_equal(mx.random.uniform(shape=(3,)), before)
 
 
+def test_half_precision_follows_the_curve_and_keeps_weights_and_state_in_float32(start):
+    half, full = mlx_step(start, stage="pretrain", precision="bfloat16"), mlx_step(start, stage="pretrain")
+    losses = [train(step, range(8), stage="pretrain") for step in (half, full)]
+    np.testing.assert_allclose(losses[0], losses[1], atol=0.02)
+    assert losses[0] != losses[1]
+    arrays = dict(tree_flatten([half.model.parameters(), half.optimizer.state]))
+    assert {str(value.dtype) for value in arrays.values() if value.ndim} == {"mlx.core.float32"}
+
+
 def test_a_compiled_step_of_the_whole_model_is_the_plain_one_and_is_not_traced_again(start):
     """One micro-batch and two steps: the processor's compiler takes seconds for each function."""
     compiled, plain = (mlx_step(start, stage="pretrain", compile=choice) for choice in ("on", "off"))
