@@ -239,3 +239,45 @@ def test_initial_weights_depend_on_the_seed_alone_and_follow_the_table():
             assert not mx.array_equal(array, other.named_parameters()[name])
             factor = 5 if "embed" in name else 1 if "lm_head" in name else 0.5
             assert mx.allclose(changed.named_parameters()[name], array * factor, rtol=1e-5)
+
+
+def test_backward_keeps_of_each_layer_what_its_formulas_need_and_no_more(monkeypatch):
+    """In widths of the stream: two stream states, two norms, q, k, v, the mixed values, and gate and up of four each."""
+    length, dim = 256, 32
+    monkeypatch.setattr(layers, "KEPT_SCORES_BYTES", 0)
+    monkeypatch.setattr(layers, "SCORES_CHUNK_BYTES", 4 * 4 * length * 16)
+    limit = mx.set_memory_limit(1)  # MLX then waits for each operation before it takes memory for the next
+
+    def peak(num_layers: int) -> int:
+        model = GPT(ModelConfig(vocab_size=8, context_length=length, num_layers=num_layers, dim=dim, num_heads=4))
+        model.init_weights(seed=0, init=InitConfig(zero_residual_outputs=False))
+        tokens = mx.zeros((1, length), dtype=mx.int32)
+        step = nn.value_and_grad(model, lambda tokens: model.token_logprobs(tokens, tokens).sum())
+        mx.eval(tokens)
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(step(tokens)[1])
+        gradients = sum(array.nbytes for array in model.named_parameters().values())
+        return mx.get_peak_memory() - before - gradients
+
+    try:
+        widths = (peak(8) - peak(2)) / 6 / (4 * length * dim)
+    finally:
+        mx.set_memory_limit(limit)
+    assert 15 < widths < 18
+
+
+def test_frozen_weights_have_no_gradient_and_the_others_theirs(build, tmp_path):
+    ours = converted(build(), tmp_path)
+    tokens, targets = map(mx.array, sample(ours))
+
+    def loss(tokens: mx.array, targets: mx.array) -> mx.array:
+        return ours.token_logprobs(tokens, targets).sum()
+
+    _, expected = gradients(ours, loss, tokens, targets)
+    for block in ours.model.layers:
+        block.mlp.freeze()
+    for ours.gradient_checkpointing in (False, True):
+        _, found = gradients(ours, loss, tokens, targets)
+        assert not [name for name in found if "mlp" in name]
+        assert_same_gradients(found, {name: expected[name] for name in found}, relative=1e-4)

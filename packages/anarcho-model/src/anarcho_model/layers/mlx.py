@@ -4,8 +4,9 @@ Notable:
 
 * norms, rotary angles and the softmax are float32 whatever the weights' type; a norm hands its result on in the compute
   dtype, and a linear layer computes in the type of what it reads;
-* three functions have gradients of their own, which keep less for backward: the rotation keeps nothing, the gated
+* functions have gradients of their own where these keep less for backward: the rotation keeps nothing, the gated
   projection only its two factors, and attention without a fused gradient no scores;
+* backward of a linear layer waits for the gradient of its weights, which MLX would put off, and keep its input for;
 * what backward computes again depends on the incoming gradient (`mx.depends`), or `mx.compile` would find the same
   operation in the forward pass and keep its result instead.
 
@@ -44,6 +45,27 @@ def widen(x: Float[mx.array, "*shape"]) -> Float[mx.array, "*shape"]:
     return x if x.dtype.size >= 4 else x.astype(mx.float32)
 
 
+@mx.custom_function
+def project(
+    x: Float[mx.array, "*shape inputs"], weight: Float[mx.array, "outputs inputs"]
+) -> Float[mx.array, "*shape outputs"]:
+    """`x @ weight.T`; backward goes on to earlier layers when the weights' gradient is there, and `x` is free."""
+    return x @ weight.T
+
+
+@project.vjp
+def _project_vjp(primals: Sequence[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
+    x, weight = primals
+    grad_weight = _grad_weight(cotangent, x)
+    return mx.depends(cotangent @ weight, grad_weight), grad_weight
+
+
+def _grad_weight(
+    cotangent: Float[mx.array, "*shape outputs"], x: Float[mx.array, "*shape inputs"]
+) -> Float[mx.array, "outputs inputs"]:
+    return cotangent.reshape(-1, cotangent.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+
+
 class Linear(nn.Linear):
     """A linear layer without bias; its weights are cast to the type of its input, inside the graph."""
 
@@ -51,7 +73,15 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs, bias=False)
 
     def __call__(self, x: Float[mx.array, "*shape inputs"]) -> Float[mx.array, "*shape outputs"]:
-        return x @ self.weight.astype(x.dtype).T
+        weight = self.weight.astype(x.dtype)
+        if is_frozen(self):  # no gradient of the weights is to be waited for
+            return x @ weight.T
+        return project(x, weight)  # pyright: ignore[reportReturnType]
+
+
+def is_frozen(layer: nn.Module) -> bool:
+    """Whether `layer.freeze()` has taken its weights out of training."""
+    return "weight" not in layer.trainable_parameters()
 
 
 class RMSNorm(nn.Module):
@@ -151,9 +181,9 @@ def _project_gated_vjp(
     sigmoid = mx.sigmoid(gate)
     gated = gate * sigmoid
     grad = cotangent @ weight
-    hidden = gated * up
-    grad_weight = cotangent.reshape(-1, cotangent.shape[-1]).T @ hidden.reshape(-1, hidden.shape[-1])
-    return grad * up * (sigmoid + gated * (1 - sigmoid)), grad * gated, grad_weight
+    grad_weight = _grad_weight(cotangent, gated * up)
+    grads = [grad * up * (sigmoid + gated * (1 - sigmoid)), grad * gated]
+    return *mx.depends(grads, [grad_weight]), grad_weight
 
 
 KEPT_SCORES_BYTES = 8 * 2**20
@@ -362,8 +392,10 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(config.ffn_size, config.dim)
 
     def __call__(self, x: Float[mx.array, "*shape dim"]) -> Float[mx.array, "*shape dim"]:
-        weight = self.down_proj.weight.astype(x.dtype)
-        return project_gated(self.gate_proj(x), self.up_proj(x), weight)  # pyright: ignore[reportReturnType]
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if is_frozen(self.down_proj):
+            return self.down_proj(nn.silu(gate) * up)
+        return project_gated(gate, up, self.down_proj.weight.astype(x.dtype))  # pyright: ignore[reportReturnType]
 
 
 class Block(nn.Module):
