@@ -29,7 +29,7 @@ from anarcho_train.interfaces import Draws
 from anarcho_train.losses.mlx import NextTokenLoss, answer_logprobs
 from anarcho_train.step import Batch, LossSum, StepMetrics, StepSchedule
 from anarcho_train.steps.files import OPTIMIZER_FILE, RUNTIME_FILE
-from anarcho_train.steps.mlx_ranks import gathered, summed
+from anarcho_train.steps.mlx_ranks import gathered, sum_over_ranks
 from anarcho_train.steps.mlx_state import (
     generator_state,
     load_optimizer,
@@ -165,7 +165,8 @@ class MlxStep:
         scale = self._scale.scale if self._scale else 1.0
         factor = scale / weight if weight else math.nan  # A step without any weight has no mean.
         gradients, total = self._accumulate(micro_batches, factor, number=schedule.number, first_row=first_row)
-        gradients, total = summed(gradients, self._group), self._summed(total, weight)
+        sum_over_ranks(gradients, self._group)
+        total = self._summed(total, weight)
         grad_norm = _number(self._norm(gradients, mx.array(1 / scale)))
         finite = math.isfinite(total.loss) and math.isfinite(grad_norm)
         if finite:

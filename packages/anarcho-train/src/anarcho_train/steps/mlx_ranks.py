@@ -12,7 +12,8 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+
+from anarcho_train.steps.mlx_state import leaves
 
 BUCKET_BYTES = 64 * 2**20
 """Arrays are sent together until so many bytes are full: many small messages wait for the network, a whole copy would double memory."""
@@ -34,24 +35,25 @@ def gathered(values: Sequence[float], group: mx.distributed.Group | None) -> np.
         return np.array(words).view(np.float64)
 
 
-def summed(tree: Any, group: mx.distributed.Group | None) -> Any:
-    """The sum over the ranks of a tree of float32 arrays, in buckets of `BUCKET_BYTES`; the tree itself without a group.
+def sum_over_ranks(tree: Any, group: mx.distributed.Group | None) -> None:
+    """Replaces each float32 array of a tree by its sum over the ranks, in buckets of `BUCKET_BYTES`; without a group, nothing happens.
 
-    Each bucket is evaluated before the next is begun, so that no more than one is in memory twice.
+    Each bucket is evaluated before the next is begun, and arrays are replaced where they are: no more than one bucket is in memory twice.
     """
     if group is None or group.size() == 1:
-        return tree
-    named = dict(tree_flatten(tree))
-    for names in _buckets({name: array.nbytes for name, array in named.items()}):
-        flat = mx.concatenate([named[name].reshape(-1) for name in names])
-        total = mx.distributed.all_sum(flat, group=group)
-        ends = np.cumsum([named[name].size for name in names])[:-1].tolist()
-        parts = mx.split(total, ends) if ends else [total]
+        return
+    places = {name: (container, key) for name, container, key in leaves(tree)}
+    for names in _buckets({name: container[key].nbytes for name, (container, key) in places.items()}):
+        arrays = [places[name][0][places[name][1]] for name in names]
+        total = mx.distributed.all_sum(mx.concatenate([array.reshape(-1) for array in arrays]), group=group)
+        ends = np.cumsum([array.size for array in arrays])[:-1].tolist()
+        parts = [part.reshape(array.shape) for part, array in zip(mx.split(total, ends), arrays, strict=True)]
         for name, part in zip(names, parts, strict=True):
-            named[name] = part.reshape(named[name].shape)
+            container, key = places[name]
+            container[key] = part
+        del arrays
         with _loss_of_ranks():
-            mx.eval([named[name] for name in names])
-    return tree_unflatten(list(named.items()))
+            mx.eval(parts)
 
 
 @contextmanager

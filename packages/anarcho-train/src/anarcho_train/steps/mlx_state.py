@@ -60,19 +60,19 @@ def _places(optimizer: Optimizer, model: nn.Module) -> dict[str, tuple[Any, Any]
     counts = not hasattr(optimizer, "param_groups")
     return {
         name: (container, key)
-        for name, container, key in _leaves(optimizer.state)
+        for name, container, key in leaves(optimizer.state)
         if name.rpartition(".")[0] in parameters or (counts and name == "step")
     }
 
 
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Each array of a tree by dotted name, with the dictionary or list that holds it and its key there."""
     for key, value in list(tree.items() if isinstance(tree, dict) else enumerate(tree)):
         name = f"{prefix}{key}"
         if isinstance(value, mx.array):
             yield name, tree, key
         elif isinstance(value, dict | list):
-            yield from _leaves(value, f"{name}.")
+            yield from leaves(value, f"{name}.")
 
 
 def write_arrays(path: Path, arrays: dict[str, mx.array]) -> None:
