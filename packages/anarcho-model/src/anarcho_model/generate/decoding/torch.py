@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from anarcho_model.generate.linear.large_pages import LargePages
 from anarcho_model.generate.linear.torch import FewRowsLinear
 from anarcho_model.layers.torch import Block, LayerCache, RMSNorm, compute_dtype, widen
 from anarcho_model.torch import GPT
@@ -54,15 +55,14 @@ class _Norm:
 class _Layer:
     """One block's weights, ready for few rows."""
 
-    def __init__(self, block: Block, *, dtype: torch.dtype) -> None:
+    def __init__(self, block: Block, *, dtype: torch.dtype, pages: LargePages) -> None:
         attention, mlp = block.self_attn, block.mlp
         self.heads, self.kv_heads, self.head_size = attention.heads, attention.kv_heads, attention.head_size
-        self.qkv = FewRowsLinear(
-            [p.weight for p in (attention.q_proj, attention.k_proj, attention.v_proj)], dtype=dtype
-        )
-        self.out = FewRowsLinear([attention.o_proj.weight], dtype=dtype)
-        self.gate_up = FewRowsLinear([mlp.gate_proj.weight, mlp.up_proj.weight], dtype=dtype)
-        self.down = FewRowsLinear([mlp.down_proj.weight], dtype=dtype)
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        self.qkv = FewRowsLinear([p.weight for p in projections], dtype=dtype, pages=pages)
+        self.out = FewRowsLinear([attention.o_proj.weight], dtype=dtype, pages=pages)
+        self.gate_up = FewRowsLinear([mlp.gate_proj.weight, mlp.up_proj.weight], dtype=dtype, pages=pages)
+        self.down = FewRowsLinear([mlp.down_proj.weight], dtype=dtype, pages=pages)
         self.input_norm = _Norm(block.input_layernorm)
         self.mlp_norm = _Norm(block.post_attention_layernorm)
         self.eps = block.input_layernorm.eps
@@ -127,8 +127,9 @@ class Reader:
         config, self.dtype = model.config, compute_dtype(model.head_weight)
         self.kv_heads = config.kv_heads
         self.embedding = model.model.embed_tokens.weight.detach()
-        self.layers = [_Layer(block, dtype=self.dtype) for block in model.model.layers if isinstance(block, Block)]
-        self.head = FewRowsLinear([model.head_weight], dtype=self.dtype)
+        pages, blocks = LargePages(), [block for block in model.model.layers if isinstance(block, Block)]
+        self.layers = [_Layer(block, dtype=self.dtype, pages=pages) for block in blocks]
+        self.head = FewRowsLinear([model.head_weight], dtype=self.dtype, pages=pages)
         self.norm = _Norm(model.model.norm)
         self.spare: StepGraphs | None = None
         """A cache that nobody uses at present, with its graphs, so that the next text need not record them again."""

@@ -4,7 +4,7 @@ Notable: a processor spends the time of such a product on streaming the weight t
 for layers of SmolLM2-135M on a Xeon with torch 2.15: a single float32 row is 1.2 to 1.8 times as fast from the
 transposed weight where there are more outputs than inputs (with fewer, 0.7 times), and eight rows are 1.5 times as fast
 from oneDNN's blocks (bfloat16: 1.4; a single row there 0.8 to 1.0). Layouts are copies, made when the first input of
-that kind comes; elsewhere, and for many rows, the weight itself is used.
+that kind comes, in large pages (see `large_pages`); elsewhere, and for many rows, the weight itself is used.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from anarcho_model.generate.linear.large_pages import LargePages
+
 __all__ = ["FewRowsLinear"]
 
 BLOCKED_ROWS = 32
@@ -27,7 +29,8 @@ _HAS_BLOCKS = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldn
 class FewRowsLinear:
     """One product for the weights of several linear layers that read the same input; their outputs follow each other."""
 
-    def __init__(self, weights: Sequence[Float[Tensor, "_ inputs"]], *, dtype: torch.dtype) -> None:
+    def __init__(self, weights: Sequence[Float[Tensor, "_ inputs"]], *, dtype: torch.dtype, pages: LargePages) -> None:
+        self.pages = pages
         self.weights = [weight.detach() for weight in weights]
         self.dtype = dtype
         self.transposed: Tensor | None = None
@@ -45,14 +48,14 @@ class FewRowsLinear:
         rows = x.shape[0]
         if rows == 1 and self.transpose_helps:
             if self.transposed is None:
-                self.transposed = self._join().t().contiguous()
+                self.transposed = self.pages.copy(self._join().t())
             return x @ self.transposed
         if 1 < rows <= BLOCKED_ROWS and self.blocks_help:
             if self.blocked is None:
                 self.blocked = torch.ops.mkldnn._reorder_linear_weight(self._join(), None)
             return torch.ops.mkldnn._linear_pointwise(x, self.blocked, None, "none", [], "")
         if self.joined is None:
-            self.joined = self._join()
+            self.joined = self.pages.copy(self._join()) if self.blocks_help else self._join()
         return F.linear(x, self.joined)
 
     def _join(self) -> Float[Tensor, "outputs inputs"]:
