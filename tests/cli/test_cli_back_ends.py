@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from anarcho_cli import devices
+from anarcho_cli import devices, reference
 from anarcho_cli.back_ends.mlx import CACHE_SHARE, memory_limit
 from anarcho_cli.config import dumps, resolve
+from anarcho_cli.data import RunData
 from anarcho_cli.pipeline.command_line import arguments
 from anarcho_cli.pipeline.definition import load_pipeline
 from anarcho_cli.runs import recorded_place
 from anarcho_monitor import MetricsLog
+from anarcho_train import ReferenceCache
 
 GIB = 2**30
 
@@ -148,3 +151,41 @@ def test_settings_of_a_pipeline_reach_the_stages_that_they_concern(tmp_path: Pat
 def test_a_wrong_setting_of_a_pipeline_is_refused(tmp_path: Path, refused) -> None:
     (tmp_path / "p.toml").write_text(PIPELINE)
     assert "train.steps" in refused("pipeline", "run", tmp_path / "p.toml", "--set", "train.stepz=3", "--dry-run")
+
+
+class OtherStep:
+    """A step whose framework computes in float32."""
+
+    precision = "mlx.core.float32"
+
+    def answer_logprobs(self, batch: Any) -> Any:
+        raise AssertionError("there is no batch")
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_reference_stays_with_its_run_in_another_precision_unless_it_is_unfinished(
+    complete: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    hashes = {"model": hashlib.sha256(b"weights").hexdigest(), "data": "d", "precision": "bfloat16"}
+    kept = ReferenceCache(tmp_path / "reference", hashes=hashes)
+    kept.compute([], lambda batch: batch.weights)
+    manifest = tmp_path / "reference" / "reference.json"
+    manifest.write_text(manifest.read_text().replace('"complete": true', f'"complete": {json.dumps(complete)}'))
+    monkeypatch.setattr(reference, "_all_batches", lambda config, shards: iter(()))
+    nothing: Any = None
+    data = RunData(
+        train=nothing,
+        validation=None,
+        samples_per_step=None,
+        samples_per_epoch=None,
+        sha256="d",
+        facts={},
+        release=lambda sample: None,
+    )
+    step: Any = OtherStep()
+    directory = tmp_path / "reference"
+    reference.with_reference(data, nothing, step, base=tmp_path, shards=tmp_path, directory=directory)
+    found = json.loads(manifest.read_text())["hashes"]["precision"]
+    assert found == ("bfloat16" if complete else "float32")
+    assert ("computed anew in float32" in capsys.readouterr().err) is not complete
