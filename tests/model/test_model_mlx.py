@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import pytest
 
 pytest.importorskip("mlx.core")
@@ -12,7 +14,9 @@ import mlx.nn as nn
 import numpy as np
 import torch
 from anarcho_model import InitConfig, ModelConfig, RopeScaling
+from anarcho_model.initial_draws import PIECE, standard_normal
 from anarcho_model.mlx import GPT, ContextError, KVCache
+from anarcho_model.torch import GPT as TorchGPT
 from mlx.utils import tree_flatten
 from mlx_models import assert_same_gradients, converted, gradients, sample, torch_gradients
 
@@ -215,6 +219,23 @@ def test_a_sequence_longer_than_the_context_is_refused_and_positions_beside_a_ca
         ours(tokens[:1, :2], cache=cache)
     with pytest.raises(ValueError, match="must be None with a cache"):
         ours(tokens[:1, :1], cache=cache, positions=mx.zeros((1, 1), dtype=mx.int32))
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**63 - 1])
+def test_a_seed_gives_the_initial_weights_of_pytorch(seed):
+    config = ModelConfig(vocab_size=37, context_length=8, num_layers=1, dim=18, num_heads=3, hidden_dim=5)
+    init = InitConfig(zero_residual_outputs=False)
+    theirs, ours = TorchGPT(config), GPT(config)  # with sizes that are no multiples of 16
+    theirs.init_weights(seed=seed, init=init)
+    ours.init_weights(seed=seed, init=init)
+    for name, tensor in theirs.state_dict().items():
+        assert np.abs(np.array(ours.named_parameters()[name]) - tensor.numpy()).max() < 1e-6, name
+
+
+def test_draws_of_more_than_a_piece_are_those_of_pytorch():
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(b"3/name").digest()[:8], "little") >> 1)
+    expected = torch.randn(PIECE + 5, 3, generator=generator).numpy()
+    assert np.abs(standard_normal((PIECE + 5, 3), seed=3, name="name") - expected).max() < 1e-5
 
 
 def test_initial_weights_depend_on_the_seed_alone_and_follow_the_table():

@@ -18,7 +18,6 @@ Sources: Llama (arXiv:2302.13971), SwiGLU (arXiv:2002.05202), GQA (arXiv:2305.13
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 from collections.abc import Sequence
 
@@ -30,6 +29,7 @@ from mlx.utils import tree_flatten
 
 from anarcho_model.config import InitConfig, ModelConfig
 from anarcho_model.errors import ContextError
+from anarcho_model.initial_draws import standard_normal
 from anarcho_model.layers.mlx import (
     AttentionContext,
     Block,
@@ -132,10 +132,10 @@ class GPT(nn.Module):
         return dict(tree_flatten(self.parameters()))  # pyright: ignore[reportReturnType] - it may also flatten strings
 
     def init_weights(self, *, seed: int, init: InitConfig | None = None) -> None:
-        """Draw all weights anew; the same seed gives the same weights on every device, but not those of PyTorch.
+        """Draw all weights anew; the same seed gives the same weights on every device, and those of PyTorch but for last bits.
 
-        Each tensor has its own random stream (NumPy's Philox), derived from the seed and its name, so that changing one
-        option, or adding a layer, leaves the other tensors' draws as they are. Element types stay as they are.
+        Each tensor has its own random stream, derived from the seed and its name, so that changing one option, or
+        adding a layer, leaves the other tensors' draws as they are.
 
         | tensor | value |
         |---|---|
@@ -152,9 +152,7 @@ class GPT(nn.Module):
                 drawn.append((name, mx.ones_like(parameter)))
                 continue
             std = _initial_std(name, parameter, init=init, num_layers=self.config.num_layers)
-            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-            generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
-            draw = generator.standard_normal(parameter.shape, dtype=np.float32)
+            draw = standard_normal(parameter.shape, seed=seed, name=name)
             drawn.append((name, mx.array(draw * np.float32(std)).astype(parameter.dtype)))
         self.load_weights(drawn)
         mx.eval(self.parameters())
