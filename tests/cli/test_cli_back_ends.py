@@ -83,6 +83,8 @@ def test_mlx_refuses_adapters_and_names_the_back_end_that_trains_them() -> None:
 
 def test_a_run_goes_on_where_it_was_and_one_of_the_first_version_with_pytorch(tmp_path: Path) -> None:
     assert recorded_place(tmp_path) == (None, None)
+    (tmp_path / "environment.json").write_text(json.dumps({"backend": "mlx", "device": "cpu"}))
+    assert recorded_place(tmp_path) == ("mlx", "cpu"), "also of a run that was stopped before it trained"
     for attempt, facts in enumerate([{"device": "mps"}, {"device": "mps", "backend": "mlx"}], start=1):
         log = MetricsLog(tmp_path / "metrics.jsonl", run="run", attempt=attempt)
         log.write("start", step=0, tokens=0, **facts)

@@ -82,7 +82,7 @@ def train(
     started = time.monotonic()
     framework = back_end(backend)
     framework.require_supported(config, device)
-    create_run(run_directory, config, tokenizer_path, base)
+    create_run(run_directory, config, tokenizer_path, base, backend=backend, device=device)
     with locked(run_directory), ExitStack() as stack:
         try:
             _prepare_tokenizer(run_directory, config)

@@ -27,7 +27,15 @@ BASE = "base"
 REFERENCE = "reference"
 
 
-def create_run(run_directory: Path, config: RunConfig, tokenizer_path: Path | None, base: Path | None) -> None:
+def create_run(
+    run_directory: Path,
+    config: RunConfig,
+    tokenizer_path: Path | None,
+    base: Path | None,
+    *,
+    backend: str,
+    device: str,
+) -> None:
     """Makes the directory of a new run under another name and renames it, so that a run is never half begun."""
     if run_directory.exists():
         raise FileExistsError(
@@ -37,7 +45,7 @@ def create_run(run_directory: Path, config: RunConfig, tokenizer_path: Path | No
     try:
         staging.mkdir(parents=True)
         (staging / CONFIG_FILE).write_text(configuration.dumps(config), encoding="utf-8")
-        environment = {**system_facts(), "processor": processor_facts()}
+        environment = {"backend": backend, "device": device, **system_facts(), "processor": processor_facts()}
         (staging / ENVIRONMENT_FILE).write_text(json.dumps(environment, indent=1) + "\n", encoding="utf-8")
         if tokenizer_path is not None:
             load_tokenizer(tokenizer_path).save(staging / TOKENIZER)

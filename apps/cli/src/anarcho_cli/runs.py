@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -49,15 +51,23 @@ def existing_run(path: Path) -> Path:
 
 
 def recorded_place(run: Path) -> tuple[str | None, str | None]:
-    """The back-end and the device that a run last trained on, from its metrics; None where it has not trained yet."""
+    """The back-end and the device that a run last trained on, or with which it was begun; None where it does not say."""
     from anarcho_monitor import read_metrics
 
     file = run / "metrics.jsonl"
     starts = [record for record in read_metrics(file) if record.get("kind") == "start"] if file.is_file() else []
-    last = starts[-1] if starts else {}
-    # A run of the first version says no back-end: there was only PyTorch.
-    backend, device = last.get("backend", "torch" if starts else None), last.get("device")
+    # A run of the first version says no back-end where it trained: there was only PyTorch.
+    last = {"backend": "torch", **starts[-1]} if starts else _environment(run)
+    backend, device = last.get("backend"), last.get("device")
     return (
         backend if backend in ("torch", "mlx") else None,
         device if device in ("mps", "cpu", "cuda") else None,
     )
+
+
+def _environment(run: Path) -> dict[str, Any]:
+    try:
+        environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return environment if isinstance(environment, dict) else {}
