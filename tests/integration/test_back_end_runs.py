@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -124,19 +123,16 @@ def test_a_run_on_mlx_that_is_stopped_and_killed_ends_bitwise_like_the_uninterru
         assert curves[0] == curves[1]
 
 
-def test_a_run_may_go_on_with_the_other_framework_and_come_back(anarcho, begin, tmp_path) -> None:
-    first = interruption("SIGTERM", when=2, backend="torch")
-    anarcho(*begin, "--name", "changing", cwd=tmp_path, patch=first, check=False)
-    run, staying = tmp_path / "runs" / "changing", tmp_path / "runs" / "staying"
-    shutil.copytree(run, staying)
-    anarcho("pretrain", "--resume", staying, cwd=tmp_path)
-    second = interruption("SIGTERM", when=2)
-    stopped = anarcho("pretrain", "--resume", run, "--backend", "mlx", cwd=tmp_path, patch=second, check=False)
-    assert stopped.returncode == 143, stopped.stderr
-    anarcho("pretrain", "--resume", run, "--backend", "torch", cwd=tmp_path)
-    assert [start["backend"] for start in starts(run)] == ["torch", "mlx", "torch"]
-    assert [start["step"] for start in starts(run)] == [0, 2, 4]
-    assert losses(run) == pytest.approx(losses(staying), rel=1e-4)
+def test_a_run_may_go_on_with_the_other_framework_and_come_back(anarcho, begin, whole, tmp_path) -> None:
+    run = tmp_path / "runs" / "changing"
+    line = [*begin, "--backend", "mlx", "--name", "changing"]
+    for arguments, backend in ((line, "mlx"), (["pretrain", "--resume", run, "--backend", "torch"], "torch")):
+        patch = interruption("SIGTERM", when=2, backend=backend)
+        stopped = anarcho(*arguments, cwd=tmp_path, patch=patch, check=False)
+        assert stopped.returncode == 143, stopped.stderr
+    anarcho("pretrain", "--resume", run, "--backend", "mlx", cwd=tmp_path)
+    assert [(start["backend"], start["step"]) for start in starts(run)] == [("mlx", 0), ("torch", 2), ("mlx", 4)]
+    assert losses(run) == pytest.approx(losses(whole), rel=1e-4)
 
 
 def test_a_pipeline_runs_on_mlx_with_one_setting(anarcho, corpus, tmp_path) -> None:
