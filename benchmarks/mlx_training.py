@@ -23,6 +23,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
             dim=options.dim,
             num_heads=options.heads,
         )
-        row = {"device": _device_name(), "mlx": mx.__version__, "context": int(context), "batch": int(batch)}
+        row = {"device": _device_name(), "mlx": version("mlx"), "context": int(context), "batch": int(batch)}
         rows.append({**row, "optimizer": optimizer, **_measure(config, int(batch), optimizer, options)})
         print(json.dumps(rows[-1]), flush=True)
     if options.json:
@@ -181,7 +182,7 @@ def _their_step(config: ModelConfig, ids: np.ndarray, optimizer: str, options: a
     def whole() -> float:
         loss = compiled(tokens, lengths)
         mx.eval(state, loss)
-        return float(loss.item())
+        return float(np.array(loss))
 
     return whole
 

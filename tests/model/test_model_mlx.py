@@ -74,6 +74,7 @@ def test_attention_in_chunks_of_queries_is_the_same_in_forward_and_in_backward(
 ):
     model = build(**options)
     monkeypatch.setattr(layers, "KEPT_SCORES_BYTES", 0)
+    monkeypatch.setattr(layers, "MIN_CHUNK_QUERIES", 1)
     monkeypatch.setattr(layers, "SCORES_CHUNK_BYTES", 4 * 2 * 4 * 23 * 7)  # seven queries of 23: chunks of 6, 6, 6, 5
     compare(model, converted(model, tmp_path), **LAYOUTS[layout])
 
@@ -266,6 +267,7 @@ def test_backward_keeps_of_each_layer_what_its_formulas_need_and_no_more(monkeyp
     """In widths of the stream: two stream states, two norms, q, k, v, the mixed values, and gate and up of four each."""
     length, dim = 256, 32
     monkeypatch.setattr(layers, "KEPT_SCORES_BYTES", 0)
+    monkeypatch.setattr(layers, "MIN_CHUNK_QUERIES", 16)
     monkeypatch.setattr(layers, "SCORES_CHUNK_BYTES", 4 * 4 * length * 16)
     limit = mx.set_memory_limit(1)  # MLX then waits for each operation before it takes memory for the next
 

@@ -190,6 +190,8 @@ KEPT_SCORES_BYTES = 8 * 2**20
 """Up to this size, the attention scores of a layer are kept for backward where its gradient is not a fused kernel."""
 SCORES_CHUNK_BYTES = 256 * 2**20
 """Otherwise at most about this many bytes of float32 scores exist at a time, in forward and in backward."""
+MIN_CHUNK_QUERIES = 64
+"""But a chunk has at least so many queries, or the graph of a very long sequence had too many operations."""
 
 
 def attend(
@@ -220,7 +222,7 @@ def attend_in_training(
     batch, heads, length, _ = q.shape
     if has_fused_gradient(q) or batch * heads * length**2 * q.dtype.size <= KEPT_SCORES_BYTES:
         return attend(q, k, v, mask=mask)
-    size = max(1, min(length, SCORES_CHUNK_BYTES // (4 * batch * heads * length)))
+    size = min(length, max(MIN_CHUNK_QUERIES, SCORES_CHUNK_BYTES // (4 * batch * heads * length)))
     return attend_in_chunks(q, k, v, mask=mask, size=-(-length // -(-length // size)))
 
 
