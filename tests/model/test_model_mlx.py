@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from anarcho_model import InitConfig, ModelConfig, RopeScaling
 from anarcho_model.initial_draws import PIECE, standard_normal
+from anarcho_model.layers import mlx_attention
 from anarcho_model.mlx import GPT, ContextError, KVCache
 from anarcho_model.torch import GPT as TorchGPT
 from mlx.utils import tree_flatten
@@ -73,9 +74,11 @@ def test_attention_in_chunks_of_queries_is_the_same_in_forward_and_in_backward(
     build, options, layout, tmp_path, monkeypatch
 ):
     model = build(**options)
-    monkeypatch.setattr(layers, "KEPT_SCORES_BYTES", 0)
-    monkeypatch.setattr(layers, "MIN_CHUNK_QUERIES", 1)
-    monkeypatch.setattr(layers, "SCORES_CHUNK_BYTES", 4 * 2 * 4 * 23 * 7)  # seven queries of 23: chunks of 6, 6, 6, 5
+    monkeypatch.setattr(mlx_attention, "KEPT_SCORES_BYTES", 0)
+    monkeypatch.setattr(mlx_attention, "MIN_CHUNK_QUERIES", 1)
+    monkeypatch.setattr(
+        mlx_attention, "SCORES_CHUNK_BYTES", 4 * 2 * 4 * 23 * 7
+    )  # seven queries of 23: chunks of 6, 6, 6, 5
     compare(model, converted(model, tmp_path), **LAYOUTS[layout])
 
 
@@ -266,9 +269,9 @@ def test_initial_weights_depend_on_the_seed_alone_and_follow_the_table():
 def test_backward_keeps_of_each_layer_what_its_formulas_need_and_no_more(monkeypatch):
     """In widths of the stream: two stream states, two norms, q, k, v, the mixed values, and gate and up of four each."""
     length, dim = 256, 32
-    monkeypatch.setattr(layers, "KEPT_SCORES_BYTES", 0)
-    monkeypatch.setattr(layers, "MIN_CHUNK_QUERIES", 16)
-    monkeypatch.setattr(layers, "SCORES_CHUNK_BYTES", 4 * 4 * length * 16)
+    monkeypatch.setattr(mlx_attention, "KEPT_SCORES_BYTES", 0)
+    monkeypatch.setattr(mlx_attention, "MIN_CHUNK_QUERIES", 16)
+    monkeypatch.setattr(mlx_attention, "SCORES_CHUNK_BYTES", 4 * 4 * length * 16)
     limit = mx.set_memory_limit(1)  # MLX then waits for each operation before it takes memory for the next
 
     def peak(num_layers: int) -> int:
