@@ -34,7 +34,9 @@ class LargePages:
             return tensor.clone(memory_format=torch.contiguous_format)
         size = tensor.numel() * tensor.element_size()
         if self._chunk is None or self._used + size > len(self._chunk):
-            self._chunk, self._used = mmap.mmap(-1, max(size, CHUNK_BYTES)), 0
+            # Private, because shared memory, Python's default, has no large pages.
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            self._chunk, self._used = mmap.mmap(-1, max(size, CHUNK_BYTES), flags=flags), 0
             with contextlib.suppress(OSError):  # A kernel without them; the memory is as good as any other.
                 self._chunk.madvise(_ADVICE)
         place = torch.frombuffer(self._chunk, dtype=tensor.dtype, count=tensor.numel(), offset=self._used)
