@@ -127,8 +127,8 @@ ADAPTER = {"lora.rank": 4, "lora.dropout": 0.1, "train.neftune_alpha": 5.0}
 
 @pytest.mark.parametrize(
     ("command", "adapter"),
-    [("sft", {}), ("preference", {}), ("sft", ADAPTER)],
-    ids=["sft", "preference", "sft with an adapter"],
+    [("preference", {}), ("sft", ADAPTER)],
+    ids=["preference", "sft with an adapter"],
 )
 def test_a_tuning_run_killed_in_the_reference_a_step_and_a_checkpoint_ends_bitwise_alike(
     anarcho, finished_run, tuning_rows, tmp_path, command, adapter
