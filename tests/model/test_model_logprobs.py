@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from anarcho_model.logprobs.torch import chunk_tokens, chunked_logprobs
+from anarcho_model.logprobs.chunks import chunk_tokens
+from anarcho_model.logprobs.torch import chunked_logprobs
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 

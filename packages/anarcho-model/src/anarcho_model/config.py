@@ -253,6 +253,17 @@ class InitConfig:
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
                 raise ConfigError(f"init.{name} is {value!r}, expected a finite number of at least 0.")
 
+    def std(self, name: str, shape: Sequence[int], *, num_layers: int) -> float:
+        """Standard deviation of a matrix, by its name in the file and its shape, (outputs, inputs)."""
+        if name == "model.embed_tokens.weight":
+            return self.embedding_std
+        if name == "lm_head.weight":
+            return self.head_std
+        std = self.linear_scale / math.sqrt(shape[1])
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            return 0.0 if self.zero_residual_outputs else std / math.sqrt(2 * num_layers)
+        return std
+
 
 def _require_positive(key: str, value: Any, *, whole: bool) -> None:
     kind, expected = (int, "a whole number of at least 1") if whole else (int | float, "a finite number above 0")

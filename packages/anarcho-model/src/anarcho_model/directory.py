@@ -7,9 +7,12 @@ Notable: the checks need only the header of the weights file, so a wrong file is
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from anarcho_model.config import ConfigError, ModelConfig
 
@@ -19,9 +22,11 @@ __all__ = [
     "INDEX_FILE",
     "WEIGHTS_FILE",
     "DirectoryError",
+    "WeightHeaders",
     "check_shapes",
     "load_config",
     "load_stop_token_ids",
+    "opened",
     "weight_files",
     "write_config_files",
 ]
@@ -90,6 +95,54 @@ def weight_files(directory: str | Path) -> tuple[Path, ...]:
         if not (directory / name).is_file():
             raise FileNotFoundError(f"{directory / name} not found, expected it because {INDEX_FILE} names it.")
     return tuple(directory / name for name in names)
+
+
+@contextmanager
+def opened(path: Path, *, framework: str) -> Iterator[Any]:
+    """A weights file of safetensors, whose tensors are read as `framework`'s; DirectoryError where it is damaged."""
+    try:
+        with safe_open(path, framework=framework) as file:
+            yield file
+    except SafetensorError as error:
+        raise DirectoryError(f"{path} is damaged ({error}), expected a safetensors file.") from error
+
+
+class WeightHeaders:
+    """Which tensors a directory holds and where, whether in one file or in several; no tensor is read."""
+
+    def __init__(self, directory: str | Path) -> None:
+        """Open the files and read their headers.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            DirectoryError: one is damaged, or two hold the same tensor.
+        """
+        self.paths = weight_files(directory)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        """Name of each tensor -> its shape."""
+        self.homes: dict[str, Path] = {}
+        """Name of each tensor -> its file."""
+        self.described_by = self.paths[0] if len(self.paths) == 1 else Path(directory) / INDEX_FILE
+        """The file that names all tensors."""
+        for path in self.paths:
+            with opened(path, framework="np") as file:
+                for name in file.keys():  # noqa: SIM118 - it is no mapping
+                    if name in self.homes:
+                        raise DirectoryError(f"{path} and {self.homes[name]} both hold {name}, expected it once.")
+                    self.homes[name] = path
+                    self.shapes[name] = tuple(file.get_slice(name).get_shape())
+
+    def check(self, config: ModelConfig, *, equal: Callable[[str, str], bool]) -> None:
+        """Compare with what the configuration describes; `equal` says whether two tensors are.
+
+        Tied weights may be stored twice, but only if both say the same. Raises DirectoryError.
+        """
+        check_shapes(self.shapes, config, path=self.described_by)
+        if config.tie_embeddings and HEAD in self.shapes and not equal(HEAD, EMBEDDING):
+            raise DirectoryError(
+                f"{self.described_by} holds an {HEAD} that differs from {EMBEDDING}, expected equal ones because "
+                "config.json says tie_word_embeddings; set it to false to load both."
+            )
 
 
 def write_config_files(

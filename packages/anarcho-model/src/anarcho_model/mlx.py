@@ -151,7 +151,7 @@ class GPT(nn.Module):
             if parameter.ndim == 1:
                 drawn.append((name, mx.ones_like(parameter)))
                 continue
-            std = _initial_std(name, parameter, init=init, num_layers=self.config.num_layers)
+            std = init.std(name, parameter.shape, num_layers=self.config.num_layers)
             draw = standard_normal(parameter.shape, seed=seed, name=name)
             drawn.append((name, mx.array(draw * np.float32(std)).astype(parameter.dtype)))
         self.load_weights(drawn)
@@ -286,14 +286,3 @@ def _group_size(head_size: int, *, bits: int) -> int:
         if head_size % size == 0:
             return size
     raise ValueError(f"A quantised cache needs heads of a multiple of 32, but the model's are {head_size} wide.")
-
-
-def _initial_std(name: str, parameter: mx.array, *, init: InitConfig, num_layers: int) -> float:
-    if name == "model.embed_tokens.weight":
-        return init.embedding_std
-    if name == "lm_head.weight":
-        return init.head_std
-    std = init.linear_scale / math.sqrt(parameter.shape[1])
-    if name.endswith(("o_proj.weight", "down_proj.weight")):
-        return 0.0 if init.zero_residual_outputs else std / math.sqrt(2 * num_layers)
-    return std

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -140,7 +139,7 @@ class GPT(nn.Module):
             digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
             generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
             draw = torch.randn(parameter.shape, generator=generator, device="cpu")
-            parameter.copy_(draw.mul_(_initial_std(name, parameter, init=init, num_layers=self.config.num_layers)))
+            parameter.copy_(draw.mul_(init.std(name, parameter.shape, num_layers=self.config.num_layers)))
 
     def hidden_states(
         self,
@@ -252,14 +251,3 @@ class GPT(nn.Module):
             causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
             mask = (segments[:, None, :, None] == segments[:, None, None, :]) & causal
         return AttentionContext(cos=cos, sin=sin, mask=mask)
-
-
-def _initial_std(name: str, parameter: Tensor, *, init: InitConfig, num_layers: int) -> float:
-    if name == "model.embed_tokens.weight":
-        return init.embedding_std
-    if name == "lm_head.weight":
-        return init.head_std
-    std = init.linear_scale / math.sqrt(parameter.shape[1])
-    if name.endswith(("o_proj.weight", "down_proj.weight")):
-        return 0.0 if init.zero_residual_outputs else std / math.sqrt(2 * num_layers)
-    return std

@@ -7,27 +7,22 @@ Notable: Transformers, mlx-lm, lm-eval and llama.cpp's converter read what is wr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from anarcho_model.config import ModelConfig
 from anarcho_model.directory import (
     EMBEDDING,
-    HEAD,
-    INDEX_FILE,
     WEIGHTS_FILE,
     DirectoryError,
-    check_shapes,
+    WeightHeaders,
     load_config,
     load_stop_token_ids,
-    weight_files,
+    opened,
     write_config_files,
 )
 from anarcho_model.lora.torch import merged_state
@@ -69,41 +64,13 @@ def save_pretrained(
     save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
-class WeightFiles:
+class WeightFiles(WeightHeaders):
     """The tensors of a directory, whether in one file or in several; each is read when it is asked for."""
-
-    def __init__(self, directory: str | Path) -> None:
-        """Open the files and read their headers.
-
-        Raises:
-            FileNotFoundError: a file is missing.
-            DirectoryError: one is damaged, or two hold the same tensor.
-        """
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        """Name of each tensor -> its shape."""
-        self.paths = weight_files(directory)
-        self._homes: dict[str, Path] = {}
-        for path in self.paths:
-            with _opened(path) as file:
-                for name in file.keys():  # noqa: SIM118 - it is no mapping
-                    if name in self._homes:
-                        raise DirectoryError(f"{path} and {self._homes[name]} both hold {name}, expected it once.")
-                    self._homes[name] = path
-                    self.shapes[name] = tuple(file.get_slice(name).get_shape())
 
     def tensor(self, name: str) -> Tensor:
         """One tensor as it is stored, on the CPU."""
-        with _opened(self._homes[name]) as file:
+        with opened(self.homes[name], framework="pt") as file:
             return file.get_tensor(name)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            yield file
-    except SafetensorError as error:
-        raise DirectoryError(f"{path} is damaged ({error}), expected a safetensors file.") from error
 
 
 @torch.no_grad()
@@ -123,10 +90,7 @@ def load_weights(model: GPT, directory: str | Path) -> None:
 def open_weights(config: ModelConfig, directory: str | Path) -> WeightFiles:
     """The tensors of a directory, which are those of the configuration; errors as in `load_weights`."""
     files = WeightFiles(directory)
-    path = files.paths[0] if len(files.paths) == 1 else Path(directory) / INDEX_FILE
-    check_shapes(files.shapes, config, path=path)
-    redundant = {name: files.tensor(name) for name in (EMBEDDING, HEAD)} if HEAD in files.shapes else {}
-    _check_redundant_head(config, redundant, path)
+    files.check(config, equal=lambda one, other: torch.equal(files.tensor(one), files.tensor(other)))
     return files
 
 
@@ -144,12 +108,3 @@ def load_pretrained(
         model = GPT(config)
     load_weights(model.to(dtype or torch.float32), directory)
     return model.to(device)
-
-
-def _check_redundant_head(config: ModelConfig, tensors: dict[str, Tensor], path: Path) -> None:
-    """A file of tied weights may hold the output layer, too, but only if it says the same."""
-    if config.tie_embeddings and HEAD in tensors and not torch.equal(tensors[HEAD], tensors[EMBEDDING]):
-        raise DirectoryError(
-            f"{path} holds an {HEAD} that differs from {EMBEDDING}, expected equal ones because "
-            "config.json says tie_word_embeddings; set it to false to load both."
-        )

@@ -9,21 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
-from safetensors import SafetensorError, safe_open
 
 from anarcho_model.config import ModelConfig
 from anarcho_model.directory import (
     EMBEDDING,
-    HEAD,
-    INDEX_FILE,
     WEIGHTS_FILE,
     DirectoryError,
-    check_shapes,
+    WeightHeaders,
     load_config,
     load_stop_token_ids,
-    weight_files,
     write_config_files,
 )
 from anarcho_model.mlx import GPT
@@ -90,31 +87,13 @@ def load_pretrained(directory: str | Path, *, dtype: mx.Dtype | None = None) -> 
 
 def _read(directory: str | Path, config: ModelConfig) -> dict[str, mx.array]:
     """The tensors of a directory, which are those of the configuration, not yet read from the disk."""
-    paths = weight_files(directory)
-    shapes: dict[str, tuple[int, ...]] = {}
-    homes: dict[str, Path] = {}
-    tensors: dict[str, mx.array] = {}
-    for path in paths:
+    headers = WeightHeaders(directory)  # checks what mx.load would believe
+    files: dict[Path, Any] = {}
+    for path in headers.paths:
         try:
-            with safe_open(path, framework="np") as file:  # checks what mx.load would believe
-                found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-            opened = mx.load(str(path), format="safetensors")
-        except (SafetensorError, RuntimeError) as error:
+            files[path] = mx.load(str(path), format="safetensors")
+        except RuntimeError as error:
             raise DirectoryError(f"{path} is damaged ({error}), expected a safetensors file.") from error
-        for name, shape in found.items():
-            if name in homes:
-                raise DirectoryError(f"{path} and {homes[name]} both hold {name}, expected it once.")
-            homes[name], shapes[name], tensors[name] = path, shape, opened[name]
-    path = paths[0] if len(paths) == 1 else Path(directory) / INDEX_FILE
-    check_shapes(shapes, config, path=path)
-    _check_redundant_head(config, tensors, path)
+    tensors = {name: files[path][name] for name, path in headers.homes.items()}
+    headers.check(config, equal=lambda one, other: bool(mx.array_equal(tensors[one], tensors[other]).item()))
     return tensors
-
-
-def _check_redundant_head(config: ModelConfig, tensors: dict[str, mx.array], path: Path) -> None:
-    """A file of tied weights may hold the output layer, too, but only if it says the same."""
-    if config.tie_embeddings and HEAD in tensors and not mx.array_equal(tensors[HEAD], tensors[EMBEDDING]).item():
-        raise DirectoryError(
-            f"{path} holds an {HEAD} that differs from {EMBEDDING}, expected equal ones because "
-            "config.json says tie_word_embeddings; set it to false to load both."
-        )

@@ -50,7 +50,7 @@ def judge(
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
     """As `Inference.judge`."""
     import mlx.core as mx
-    from anarcho_model.logprobs.mlx import chunk_tokens
+    from anarcho_model.logprobs.chunks import chunk_tokens
 
     size = chunk_tokens(len(targets), vocab_size=model.head_weight.shape[0], chunk_bytes=model.logits_chunk_bytes)
     hidden = model.hidden_states(mx.array(tokens.astype(np.int32)))

@@ -47,7 +47,7 @@ def judge(
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
     """As `Inference.judge`."""
     import torch
-    from anarcho_model.logprobs.torch import chunk_tokens
+    from anarcho_model.logprobs.chunks import chunk_tokens
 
     device = model.head_weight.device
     size = chunk_tokens(len(targets), vocab_size=model.head_weight.shape[0], chunk_bytes=model.logits_chunk_bytes)

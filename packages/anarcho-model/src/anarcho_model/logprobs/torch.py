@@ -22,16 +22,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["chunk_tokens", "chunked_logprobs"]
+from anarcho_model.logprobs.chunks import chunk_tokens
 
-MAX_ELEMENTS = 2**31 - 1
-
-
-def chunk_tokens(num_tokens: int, *, vocab_size: int, chunk_bytes: int) -> int:
-    """Tokens per chunk, so that a chunk's float32 logits stay within `chunk_bytes` and chunks are of nearly equal size."""
-    most = max(1, min(chunk_bytes // (4 * vocab_size), MAX_ELEMENTS // vocab_size))
-    num_chunks = -(-num_tokens // most)
-    return -(-num_tokens // num_chunks)
+__all__ = ["chunked_logprobs"]
 
 
 def chunked_logprobs(
