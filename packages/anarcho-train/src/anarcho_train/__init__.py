@@ -7,12 +7,14 @@ from anarcho_train.checkpoint import CheckpointError, CheckpointInfo, Checkpoint
 from anarcho_train.config import PreferenceConfig, TrainConfig
 from anarcho_train.draws import TrainingDraws
 from anarcho_train.loop import Loop, TrainingDiverged, TrainResult
+from anarcho_train.ranks import Alone, RankLost, Ranks
 from anarcho_train.reference import ReferenceCache, ReferenceCacheError, ReferencedTraining, ReferencedValidation
 from anarcho_train.signals import StopSignal
 from anarcho_train.step import Batch, LossSum, Step, StepMetrics, StepSchedule
 from anarcho_train.validation import evaluate
 
 __all__ = [
+    "Alone",
     "Batch",
     "CheckpointError",
     "CheckpointInfo",
@@ -20,6 +22,8 @@ __all__ = [
     "Loop",
     "LossSum",
     "PreferenceConfig",
+    "RankLost",
+    "Ranks",
     "ReferenceCache",
     "ReferenceCacheError",
     "ReferencedTraining",

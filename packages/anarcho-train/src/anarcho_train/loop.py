@@ -24,6 +24,7 @@ from anarcho_train.interfaces import (
     Unmeasured,
     ValidationBatches,
 )
+from anarcho_train.ranks import Alone, Ranks
 from anarcho_train.signals import StopSignal
 from anarcho_train.step import Step, StepMetrics, StepSchedule
 from anarcho_train.validation import bits_per_byte, total_loss
@@ -88,6 +89,8 @@ class Loop:
     """Where samples are whole batches of changing shape: how many of them make a step, one going through the model at a time.
 
     Left out, samples are sequences of `sequence_length`, and the config says how many make a step and a micro-batch."""
+    ranks: Ranks = field(default_factory=Alone)
+    """The processes that train together."""
 
     def __post_init__(self) -> None:
         if self.samples_per_step is None:

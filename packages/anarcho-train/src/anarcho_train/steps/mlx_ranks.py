@@ -13,16 +13,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from anarcho_train.ranks import RankLost
 from anarcho_train.steps.mlx_state import leaves
 
 BUCKET_BYTES = 64 * 2**20
 """Arrays are sent together until so many bytes are full: many small messages wait for the network, a whole copy would double memory."""
 
 _TRANSPORTS = ("[ring]", "[jaccl]", "[mpi]", "[nccl]")
-
-
-class RankLost(ConnectionError):
-    """Another process of the run has ended or cannot be reached any more."""
 
 
 def gathered(values: Sequence[float], group: mx.distributed.Group | None) -> np.ndarray:
