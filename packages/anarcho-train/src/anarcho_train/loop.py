@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,7 @@ class Loop:
                 unreported.append(metrics)
                 skipped = skipped + 1 if metrics.skipped else 0
                 last = result.step == config.steps
-                if last or result.step % config.log_every == 0:
+                if self._is_logged(result.step):
                     self._log(unreported)
                     unreported = []
                 if metrics.skipped:
@@ -199,7 +199,8 @@ class Loop:
         with self.throughput.waiting():
             micro_batches = [self.batches.batch(first + i, micro) for i in range(0, self._per_step, micro)]
         tokens = sum(batch.tokens.size for batch in micro_batches)
-        metrics = self.step.train(micro_batches, schedule=self.schedule(result.step))
+        schedule = replace(self.schedule(result.step), measure_update=self._is_logged(result.step + 1))
+        metrics = self.step.train(micro_batches, schedule=schedule)
         self.throughput.finish_step(tokens)
         result.step += 1
         result.tokens += tokens
@@ -266,10 +267,14 @@ class Loop:
         self._write("checkpoint", path=str(result.checkpoint.name), seconds=time.monotonic() - started)
         self.on_checkpoint()
 
+    def _is_logged(self, step: int) -> bool:
+        return step == self.config.steps or step % self.config.log_every == 0
+
     def _log(self, unreported: Sequence[StepMetrics]) -> None:
         """Records means and the largest loss of the steps since the last record, and the rest as of now."""
         last, losses = unreported[-1], [metrics.loss for metrics in unreported]
         rates = {f"lr_{group}": rate for group, rate in last.learning_rates.items()}
+        rates |= {f"update_ratio_{group}": ratio for group, ratio in last.update_ratios.items()}
         values = {"loss": sum(losses) / len(losses), "loss_max": max(losses), "grad_norm": last.grad_norm}
         measures = {
             name: sum(metrics.measures[name] for metrics in unreported) / len(unreported) for name in last.measures

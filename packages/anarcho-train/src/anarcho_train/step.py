@@ -53,6 +53,8 @@ class StepSchedule:
     """Muon's momentum; None leaves the optimizer's own."""
     number: int = 0
     """Steps made before this one; random draws of the step follow from it."""
+    measure_update: bool = False
+    """Whether the step is to report how large its update is beside the weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,8 @@ class StepMetrics:
     """Global norm of the gradient before clipping."""
     learning_rates: dict[str, float] = field(default_factory=dict)
     """Learning rate by parameter group."""
+    update_ratios: dict[str, float] = field(default_factory=dict)
+    """Norm of the update over the norm of the weights, by parameter group, where it was asked for."""
     skipped: bool = False
     """Whether the update was left out because the loss or the gradient was not finite."""
     measures: dict[str, float] = field(default_factory=dict)

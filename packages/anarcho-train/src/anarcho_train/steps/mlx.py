@@ -38,6 +38,7 @@ from anarcho_train.steps.mlx_state import (
     set_generator_state,
     write_arrays,
 )
+from anarcho_train.steps.mlx_updates import UpdateSizes, members
 from anarcho_train.steps.scaling import LossScale
 
 COMPILE_MIN_FLOPS = 1e12
@@ -151,6 +152,8 @@ class MlxStep:
         self._param_groups = param_groups(optimizer)
         for param_group in self._param_groups:
             param_group.setdefault("initial_lr", param_group["lr"])
+        names = [_group_name(index, param_group) for index, param_group in enumerate(self._param_groups)]
+        self._members = members(model, self._param_groups, names)
         self._shapes: set[Any] = set()
         self._told_of_shapes = False
         self._compile()
@@ -169,6 +172,7 @@ class MlxStep:
         total = self._summed(total, weight)
         grad_norm = _number(self._norm(gradients, mx.array(1 / scale)))
         finite = math.isfinite(total.loss) and math.isfinite(grad_norm)
+        sizes = UpdateSizes(self.model, self._members) if finite and schedule.measure_update else None
         if finite:
             clipping = min(1.0, self._grad_clip / (grad_norm + 1e-6)) if self._grad_clip else 1.0
             self._update(gradients, mx.array(clipping / scale))
@@ -181,6 +185,7 @@ class MlxStep:
             weight=weight,
             grad_norm=grad_norm,
             learning_rates=rates,
+            update_ratios=sizes.ratios() if sizes else {},
             skipped=not finite,
             measures=total.means() if weight else dict.fromkeys(total.measures, math.nan),
         )

@@ -28,6 +28,7 @@ from anarcho_train.interfaces import Draws
 from anarcho_train.losses.torch import NextTokenLoss, answer_logprobs
 from anarcho_train.step import Batch, LossSum, StepMetrics, StepSchedule
 from anarcho_train.steps.files import OPTIMIZER_FILE, RUNTIME_FILE
+from anarcho_train.steps.torch_updates import UpdateSizes
 
 COMPILE_MIN_FLOPS = 5e12
 """A CPU run of fewer floating-point operations ends sooner without compilation: at 150 GFLOP/s it takes about half a minute."""
@@ -168,6 +169,7 @@ class TorchStep:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._grad_clip or float("inf"))
         grad_norm = float(norm)
         finite = bool(np.isfinite(total.loss) and np.isfinite(grad_norm))
+        sizes = UpdateSizes(self._parameters_by_group()) if finite and schedule.measure_update else None
         if finite:
             self._scaler.step(self.optimizer)
         self._scaler.update()
@@ -177,6 +179,7 @@ class TorchStep:
             weight=weight,
             grad_norm=grad_norm,
             learning_rates=rates,
+            update_ratios=sizes.ratios() if sizes else {},
             skipped=not finite,
             measures=total.means(),
         )
@@ -220,6 +223,9 @@ class TorchStep:
                     "_growth_tracker": int(file.get_tensor("growth_tracker")),
                 }
                 self._scaler.load_state_dict(self._scaler.state_dict() | state)
+
+    def _parameters_by_group(self) -> dict[str, Sequence[Tensor]]:
+        return {_group_name(i, group): group["params"] for i, group in enumerate(self.optimizer.param_groups)}
 
     def _apply(self, schedule: StepSchedule) -> None:
         for group in self.optimizer.param_groups:
