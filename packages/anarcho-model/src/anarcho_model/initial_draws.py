@@ -1,4 +1,4 @@
-"""Normal draws for the initial weights of a back-end other than PyTorch: those of PyTorch's generator, without PyTorch.
+"""Draws for initial weights, whatever the framework: those of PyTorch's generator, without PyTorch.
 
 Notable: `torch.randn` on a CPU takes 24 bits of the Mersenne Twister for each number, and turns each block of 16 into
 normal ones, the first eight giving radii and the others angles; an incomplete last block is drawn again as a whole. Only
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-__all__ = ["standard_normal"]
+__all__ = ["standard_normal", "standard_uniform"]
 
 BLOCK = 16
 PIECE = 2**20
@@ -27,9 +27,7 @@ def standard_normal(shape: Sequence[int], *, seed: int, name: str) -> np.ndarray
 
     Of a tensor of fewer than 16 numbers PyTorch draws others.
     """
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    # PyTorch takes the lower 32 bits of a seed. NumPy promises that this class's stream never changes (NEP 19).
-    generator = np.random.RandomState((int.from_bytes(digest[:8], "little") >> 1) % 2**32)
+    generator = _generator(seed, name)
     size = math.prod(shape)
     drawn = np.empty(max(size, BLOCK), dtype=np.float32)
     whole = drawn.size // BLOCK * BLOCK
@@ -41,6 +39,17 @@ def standard_normal(shape: Sequence[int], *, seed: int, name: str) -> np.ndarray
         _uniform(generator, rest)  # drawn with the others and overwritten
         drawn[-BLOCK:] = _normal(_uniform(generator, BLOCK))
     return drawn[:size].reshape(shape)
+
+
+def standard_uniform(shape: Sequence[int], *, seed: int, name: str) -> np.ndarray:
+    """Float32 draws in [0, 1) of the stream that `seed` and a tensor's name have: `torch.rand`'s to the last bit."""
+    return _uniform(_generator(seed, name), math.prod(shape)).reshape(shape)
+
+
+def _generator(seed: int, name: str) -> np.random.RandomState:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    # PyTorch takes the lower 32 bits of a seed. NumPy promises that this class's stream never changes (NEP 19).
+    return np.random.RandomState((int.from_bytes(digest[:8], "little") >> 1) % 2**32)
 
 
 def _uniform(generator: np.random.RandomState, size: int) -> np.ndarray:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -38,9 +39,13 @@ from anarcho_model.layers.mlx import (
     Linear,
     RMSNorm,
     RotaryAngles,
+    is_frozen,
     widen,
 )
 from anarcho_model.logprobs.mlx import chunked_logprobs
+
+if TYPE_CHECKING:
+    from anarcho_model.lora.mlx import Adapter
 
 __all__ = ["GPT", "ContextError", "KVCache"]
 
@@ -115,6 +120,8 @@ class GPT(nn.Module):
     """Bound of the float32 logits that `token_logprobs` holds at a time."""
     compute_dtype: mx.Dtype = mx.float32
     """Element type of matrix products and of what lies between them; weights are cast to it inside the graph."""
+    adapter: Adapter | None = None
+    """The low-rank adapter that `anarcho_model.lora.mlx.add_adapter` has given it."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -123,9 +130,14 @@ class GPT(nn.Module):
         self.lm_head = None if config.tie_embeddings else Linear(config.dim, config.vocab_size)
 
     @property
+    def head(self) -> nn.Embedding | Linear:
+        """The module of the output layer's weights: the embedding, unless they are untied."""
+        return self.model.embed_tokens if self.lm_head is None else self.lm_head
+
+    @property
     def head_weight(self) -> Float[mx.array, "vocab dim"]:
-        """The output layer's weights: the embedding's, unless they are untied."""
-        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        """The output layer's weights."""
+        return self.head.weight
 
     def named_parameters(self) -> dict[str, mx.array]:
         """Hugging Face's name of each parameter -> its array."""
@@ -165,6 +177,7 @@ class GPT(nn.Module):
         segments: Int[mx.array, "batch length"] | None = None,
         cache: KVCache | None = None,
         embedding_noise: Float[mx.array, "batch length dim"] | None = None,
+        dropout_keys: Int[mx.array, " batch"] | None = None,
     ) -> Float[mx.array, "batch length dim"]:
         """The final norm's output, in the compute dtype.
 
@@ -175,11 +188,15 @@ class GPT(nn.Module):
             cache: read and extended by these tokens; it decides the positions, so `positions` and `segments` must be
                 None.
             embedding_noise: is added to the embeddings, for training.
+            dropout_keys: for the adapter's dropout in training, a number under 2**32 for each row, drawn anew for each
+                step; a negative one means no dropout.
 
         Raises:
             ContextError: there are more tokens than the context, or the cache, holds.
         """
         context = self._attention_context(tokens.shape[1], positions, segments, cache)
+        if self.adapter is not None:
+            self.adapter.begin(dropout_keys, length=tokens.shape[1])
         x = widen(self.model.embed_tokens(tokens))
         if embedding_noise is not None:
             x = x + embedding_noise
@@ -217,6 +234,7 @@ class GPT(nn.Module):
         positions: Int[mx.array, "batch length"] | None = None,
         segments: Int[mx.array, "batch length"] | None = None,
         embedding_noise: Float[mx.array, "batch length dim"] | None = None,
+        dropout_keys: Int[mx.array, " batch"] | None = None,
     ) -> Float[mx.array, "batch length"]:
         """Log-probability in nats of each target after its token and all before it: float32, differentiable once.
 
@@ -224,13 +242,20 @@ class GPT(nn.Module):
         `logits_chunk_bytes` of logits exist at a time, in forward and in backward. Arguments and errors otherwise as in
         `hidden_states`.
         """
-        hidden = self.hidden_states(tokens, positions=positions, segments=segments, embedding_noise=embedding_noise)
+        hidden = self.hidden_states(
+            tokens,
+            positions=positions,
+            segments=segments,
+            embedding_noise=embedding_noise,
+            dropout_keys=dropout_keys,
+        )
         logprobs = chunked_logprobs(
             hidden.reshape(-1, hidden.shape[-1]),
             self.head_weight,
             targets.reshape(-1),
             compute_dtype=self.compute_dtype,
             chunk_bytes=self.logits_chunk_bytes,
+            frozen=is_frozen(self.head),
         )
         return logprobs.reshape(tokens.shape)
 

@@ -66,6 +66,20 @@ def _grad_weight(
     return cotangent.reshape(-1, cotangent.shape[-1]).T @ x.reshape(-1, x.shape[-1])
 
 
+@mx.custom_function
+def project_frozen(
+    x: Float[mx.array, "*shape inputs"], weight: Float[mx.array, "outputs inputs"]
+) -> Float[mx.array, "*shape outputs"]:
+    """`x @ weight.T` with weights that have no gradient; backward keeps neither `x` nor the cast weights, but casts them again."""
+    return x @ weight.astype(x.dtype).T
+
+
+@project_frozen.vjp
+def _project_frozen_vjp(primals: Sequence[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
+    weight = primals[1]
+    return cotangent @ mx.depends(weight, cotangent).astype(cotangent.dtype), mx.zeros_like(weight)
+
+
 class Linear(nn.Linear):
     """A linear layer without bias; its weights are cast to the type of its input, inside the graph."""
 
@@ -73,10 +87,9 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs, bias=False)
 
     def __call__(self, x: Float[mx.array, "*shape inputs"]) -> Float[mx.array, "*shape outputs"]:
-        weight = self.weight.astype(x.dtype)
-        if is_frozen(self):  # no gradient of the weights is to be waited for
-            return x @ weight.T
-        return project(x, weight)  # pyright: ignore[reportReturnType]
+        if is_frozen(self):
+            return project_frozen(x, self.weight)  # pyright: ignore[reportReturnType]
+        return project(x, self.weight.astype(x.dtype))  # pyright: ignore[reportReturnType]
 
 
 def is_frozen(layer: nn.Module) -> bool:

@@ -32,10 +32,12 @@ def chunked_logprobs(
     *,
     compute_dtype: mx.Dtype,
     chunk_bytes: int,
+    frozen: bool = False,
 ) -> Float[mx.array, " tokens"]:
     """`log_softmax(hidden @ weight.T)` at `targets`, in float32, differentiable once.
 
-    `chunk_bytes` bounds the float32 logits of one chunk; `compute_dtype` is the element type of the matrix products.
+    `chunk_bytes` bounds the float32 logits of one chunk; `compute_dtype` is the element type of the matrix products. The gradient of
+    `frozen` weights is zero, and not computed.
     """
     size = chunk_tokens(hidden.shape[0], vocab_size=weight.shape[0], chunk_bytes=chunk_bytes)
     starts = range(0, hidden.shape[0], size)
@@ -50,7 +52,13 @@ def chunked_logprobs(
     ) -> tuple[mx.array, mx.array, mx.array]:
         hidden, weight, targets = primals
         grad_hidden, grad_weight = _backward(
-            hidden.astype(compute_dtype), weight.astype(compute_dtype), targets, outputs[1], cotangents[0], starts
+            hidden.astype(compute_dtype),
+            weight.astype(compute_dtype),
+            targets,
+            outputs[1],
+            cotangents[0],
+            starts,
+            frozen=frozen,
         )
         return grad_hidden.astype(hidden.dtype), grad_weight.astype(weight.dtype), mx.zeros_like(targets)
 
@@ -73,9 +81,16 @@ def _forward(hidden: mx.array, weight: mx.array, targets: mx.array, starts: rang
 
 
 def _backward(
-    hidden: mx.array, weight: mx.array, targets: mx.array, normalisers: mx.array, grad_output: mx.array, starts: range
+    hidden: mx.array,
+    weight: mx.array,
+    targets: mx.array,
+    normalisers: mx.array,
+    grad_output: mx.array,
+    starts: range,
+    *,
+    frozen: bool,
 ) -> tuple[mx.array, mx.array]:
-    """Gradients of the hidden states, in the compute dtype, and of the weights, in float32."""
+    """Gradients of the hidden states, in the compute dtype, and of the weights, in float32; zeros for `frozen` ones."""
     ids = mx.arange(weight.shape[0], dtype=targets.dtype)
     grad_weight = mx.zeros(weight.shape, dtype=mx.float32)
     grad_hidden: list[mx.array] = []
@@ -87,6 +102,8 @@ def _backward(
         hits = (ids == targets[rows, None]).astype(mx.float32)
         grad_logits = ((hits - probabilities) * grad_output[rows, None]).astype(weight.dtype)
         grad_hidden.append(grad_logits @ weight)
-        grad_weight = grad_weight + (grad_logits.T @ part).astype(mx.float32)
-        before = [grad_hidden[-1], grad_weight]
+        before = [grad_hidden[-1]]
+        if not frozen:
+            grad_weight = grad_weight + (grad_logits.T @ part).astype(mx.float32)
+            before.append(grad_weight)
     return mx.concatenate(grad_hidden), grad_weight

@@ -13,28 +13,24 @@ Source of the scaling by the root of the rank: Kalajdzievski 2023 (rsLoRA, arXiv
 
 from __future__ import annotations
 
-import hashlib
-import math
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from anarcho_model.lora.config import LoraConfig, adapter_shapes
+from anarcho_model.lora.draws import COLUMN, FACTOR, FEATURE, drop_threshold, first_matrix, layer_salt
 from anarcho_model.torch import GPT
 
 __all__ = ["Adapter", "LoraLinear", "adapter_parameters", "add_adapter", "merge_adapter", "merged_state"]
 
 MASK = 2**32 - 1
-COLUMN, FEATURE = 0x1E3779B9, 0x27D4EB2F
-"""Odd factors below 2**31, so that products with numbers of 32 bits stay within 63."""
 
 
 def mix(numbers: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
     """Scatter numbers of 32 bits over all of them, one to one, the same on every device (multiply and xor-shift)."""
     for _ in range(2):
-        numbers = ((numbers ^ (numbers >> 16)) * 0x45D9F3B) & MASK
+        numbers = ((numbers ^ (numbers >> 16)) * FACTOR) & MASK
     return numbers ^ (numbers >> 16)
 
 
@@ -61,7 +57,7 @@ class Adapter:
         rate, tokens = self.config.dropout, self._tokens[:, None]
         features = torch.arange(x.shape[1], device=x.device) * FEATURE
         draws = mix((mix((tokens & MASK) ^ salt) + features) & MASK)
-        factors = (draws >= int(rate * 2**32)).to(x.dtype) / (1 - rate)
+        factors = (draws >= drop_threshold(rate)).to(x.dtype) / (1 - rate)
         return x * factors.masked_fill(tokens < 0, 1)
 
 
@@ -77,12 +73,10 @@ class LoraLinear(nn.Module):
         options = {"bias": False, "device": base.weight.device, "dtype": base.weight.dtype}
         self.lora_A = nn.Linear(inputs, rank, **options)
         self.lora_B = nn.Linear(rank, outputs, **options)
-        digest = hashlib.sha256(f"{seed}/{name}.lora_A.weight".encode()).digest()
-        self.salt = int.from_bytes(digest[:4], "little")
-        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        with torch.no_grad():  # uniform, with the variance 1 / (3 inputs) of torch's linear layers
-            draw = torch.rand(self.lora_A.weight.shape, generator=generator, device="cpu")
-            self.lora_A.weight.copy_((2 * draw - 1) / math.sqrt(inputs))
+        stream = {"seed": seed, "name": f"{name}.lora_A.weight"}
+        self.salt = layer_salt(**stream)
+        with torch.no_grad():
+            self.lora_A.weight.copy_(torch.from_numpy(first_matrix((rank, inputs), **stream)))
             self.lora_B.weight.zero_()
 
     def forward(self, x: Float[Tensor, "tokens inputs"]) -> Float[Tensor, "tokens outputs"]:
