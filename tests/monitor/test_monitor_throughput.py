@@ -23,6 +23,9 @@ def simulate(
     first_step: int = 0,
     evaluate_every: int = 0,
     evaluate_seconds: float = 0.0,
+    save_every: int = 0,
+    save_seconds: float = 0.0,
+    improves_until: int = 0,
 ) -> list[tuple[int, float, float]]:
     """(step, estimated, true) remaining seconds after every step of a run."""
     clock = Clock()
@@ -34,6 +37,11 @@ def simulate(
         if evaluate_every and step % evaluate_every == 0:
             with throughput.pause("validation", every=evaluate_every):
                 clock.now += evaluate_seconds
+        # The loop saves in a rhythm, and besides after each evaluation that was the best so far.
+        best = evaluate_every and step % evaluate_every == 0 and step <= improves_until
+        if best or (save_every and step % save_every == 0):
+            with throughput.pause("checkpoint"):
+                clock.now += save_seconds
         seen.append((step, throughput.eta_seconds, clock.now))
     return [(step, eta, clock.now - at) for step, eta, at in seen if eta is not None]
 
@@ -48,6 +56,31 @@ SCENARIOS = {
     "noise": {"step_seconds": noisy},
     "stalls": {"step_seconds": lambda step: 5.0 if step % 40 == 0 else 0.5},
     "evaluations": {"step_seconds": noisy, "evaluate_every": 50, "evaluate_seconds": 10.0},
+    "checkpoints": {"step_seconds": noisy, "save_every": 50, "save_seconds": 4.0},
+    "evaluations and checkpoints": {
+        "step_seconds": noisy,
+        "evaluate_every": 50,
+        "evaluate_seconds": 10.0,
+        "save_every": 100,
+        "save_seconds": 6.0,
+        "improves_until": 1000,
+    },
+    "evaluations that take most of the time, after a slow start": {
+        "step_seconds": lambda step: 90.0 if step == 1 else noisy(step),
+        "evaluate_every": 20,
+        "evaluate_seconds": 15.0,
+        "save_every": 40,
+        "save_seconds": 3.0,
+    },
+    "resumed, with evaluations and checkpoints": {
+        "step_seconds": noisy,
+        "first_step": 500,
+        "evaluate_every": 20,
+        "evaluate_seconds": 2.0,
+        "save_every": 20,
+        "save_seconds": 1.0,
+        "improves_until": 1000,
+    },
     "micro-batch halved early": {"step_seconds": lambda step: 0.5 if step < 60 else 0.8},
     "resumed": {"step_seconds": lambda step: 60.0 if step == 501 else 0.5, "first_step": 500},
 }

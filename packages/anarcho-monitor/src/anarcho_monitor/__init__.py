@@ -7,15 +7,28 @@ this package loads neither torch nor mlx nor tensorboard: a reading or a sink th
 from anarcho_monitor.config import MonitorConfig
 from anarcho_monitor.early_stopping import EarlyStopping
 from anarcho_monitor.errors import MonitorError
+from anarcho_monitor.history import Attempt, Curve, Mark, RunHistory
 from anarcho_monitor.memory import MemoryReading, SystemMemory, read_memory, read_system_memory
-from anarcho_monitor.metrics import MetricsLog, Point, next_attempt, read_curve, read_metrics, surviving_records
+from anarcho_monitor.metrics import (
+    MetricsLog,
+    Point,
+    next_attempt,
+    read_curve,
+    read_metrics,
+    superseded,
+    surviving_records,
+)
 from anarcho_monitor.progress import Progress
 from anarcho_monitor.sinks import MetricSink, Sinks
 from anarcho_monitor.tensorboard import TensorBoardSink
+from anarcho_monitor.thinning import thin
 from anarcho_monitor.throughput import Throughput, peak_flops
 
 __all__ = [
+    "Attempt",
+    "Curve",
     "EarlyStopping",
+    "Mark",
     "MemoryReading",
     "MetricSink",
     "MetricsLog",
@@ -23,6 +36,7 @@ __all__ = [
     "MonitorError",
     "Point",
     "Progress",
+    "RunHistory",
     "Sinks",
     "SystemMemory",
     "TensorBoardSink",
@@ -33,5 +47,7 @@ __all__ = [
     "read_memory",
     "read_metrics",
     "read_system_memory",
+    "superseded",
     "surviving_records",
+    "thin",
 ]

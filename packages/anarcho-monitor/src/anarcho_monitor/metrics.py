@@ -99,19 +99,23 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def surviving_records(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Records without those that an earlier attempt logged past the step that a later one was restored from."""
+    """Records without those of steps that were done again, after a later attempt was restored or the run had rolled back."""
     records = [dict(record) for record in records]
-    first: dict[int, Mapping[str, Any]] = {}
-    for record in records:
-        first.setdefault(record["attempt"], record)
-    # The last step each attempt may speak for: a "start" record carries the restored step, any other one a step done again.
-    last_step: dict[int, float] = {}
-    bound = math.inf
-    for attempt in sorted(first, reverse=True):
-        last_step[attempt] = bound
-        restored = first[attempt]["step"] if first[attempt]["kind"] == "start" else first[attempt]["step"] - 1
-        bound = min(bound, restored)
-    return [record for record in records if record["step"] <= last_step[record["attempt"]]]
+    return [record for record, lost in zip(records, superseded(records), strict=True) if not lost]
+
+
+def superseded(records: Sequence[Mapping[str, Any]]) -> list[bool]:
+    """For each record, in the order written, whether its step was done again by those after it."""
+    lost = [False] * len(records)
+    bound = math.inf  # The last step that what comes before the present record may speak for.
+    for index in range(len(records) - 1, -1, -1):
+        record, before = records[index], records[index - 1] if index else None
+        lost[index] = record["step"] > bound
+        if before is None or before["attempt"] != record["attempt"] or before["step"] > record["step"]:
+            # A "start" record and an event carry the restored step, any other one a step done again.
+            restored = record["step"] if record["kind"] in ("start", "event") else record["step"] - 1
+            bound = min(bound, restored)
+    return lost
 
 
 def read_curve(path: str | os.PathLike[str], kind: str, name: str) -> list[Point]:
