@@ -1,13 +1,13 @@
 """Saving and loading a model as a Hugging Face directory, for MLX.
 
 Notable: the files are those of `anarcho_model.weights`, so that a model goes from one framework to the other and to
-    whatever reads Hugging Face's directories. Tied weights are written once. Writing
-    is not atomic and not flushed to the disk: who needs that writes beside the final name, calls fsync and renames.
+    whatever reads Hugging Face's directories. Tied weights are written once. Writing is not atomic and not flushed to the
+    disk: who needs that writes beside the final name, calls fsync and renames.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from anarcho_model.directory import (
     load_stop_token_ids,
     write_config_files,
 )
+from anarcho_model.lora.mlx import merged_state
 from anarcho_model.mlx import GPT
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "load_stop_token_ids",
     "load_weights",
     "save_pretrained",
+    "write_tensors",
 ]
 
 
@@ -45,18 +47,31 @@ def save_pretrained(
 ) -> None:
     """Write `config.json`, `generation_config.json` and `model.safetensors` into `directory`, which is made if missing.
 
+    The addition of an adapter is part of the weights that are written; `lora.peft_mlx.save_adapter` writes it alone.
     `dtype` is the element type in the file; None keeps the parameters' own.
+
+    Raises:
+        OSError: the files find no room.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.astype(dtype or tensor.dtype) for name, tensor in model.named_parameters().items()}
+    tensors = {name: tensor.astype(dtype or tensor.dtype) for name, tensor in merged_state(model).items()}
     written = str(tensors[EMBEDDING].dtype).removeprefix("mlx.core.")
     write_config_files(model.config, directory, eos_token_id=eos_token_id, pad_token_id=pad_token_id, dtype=written)
-    mx.save_safetensors(str(directory / WEIGHTS_FILE), tensors, metadata={"format": "pt"})
+    write_tensors(directory / WEIGHTS_FILE, tensors)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, mx.array]) -> None:
+    """A safetensors file, by way of a file of Python's: MLX's own writer says nothing when the disk is full. Raises OSError."""
+    try:
+        with path.open("wb") as file:
+            mx.save_safetensors(file, dict(tensors), metadata={"format": "pt"})
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error}); free space there and write it again") from error
 
 
 def load_weights(model: GPT, directory: str | Path) -> None:
-    """Copy the weights of a directory into `model`, converted to its element type.
+    """Copy the weights of a directory into `model`, converted to its element type; an adapter stays as it is.
 
     Raises:
         FileNotFoundError: there is neither `model.safetensors` nor an index of several files, or one of those is missing.
@@ -66,7 +81,7 @@ def load_weights(model: GPT, directory: str | Path) -> None:
     parameters = model.named_parameters()
     loaded = [(name, tensors[name].astype(parameters[name].dtype)) for name in model.config.tensor_shapes()]
     mx.eval([tensor for _, tensor in loaded])  # now, because the files may be replaced
-    model.load_weights(loaded)
+    model.load_weights(loaded, strict=False)  # all of the model's: what is left is an adapter's
 
 
 def load_pretrained(directory: str | Path, *, dtype: mx.Dtype | None = None) -> GPT:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
-from jaxtyping import Bool, Float, Int, UInt32
+from jaxtyping import Float, Int, UInt32
 
 from anarcho_model.layers.mlx import Linear, project_frozen
 from anarcho_model.lora.config import LoraConfig, adapter_shapes
