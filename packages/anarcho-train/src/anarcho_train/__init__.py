@@ -6,9 +6,11 @@
 from anarcho_train.checkpoint import CheckpointError, CheckpointInfo, CheckpointStore, lock_run
 from anarcho_train.config import PreferenceConfig, TrainConfig
 from anarcho_train.draws import TrainingDraws
-from anarcho_train.loop import Loop, TrainingDiverged, TrainResult
+from anarcho_train.loop import Loop, TrainResult
 from anarcho_train.ranks import Alone, RankLost, Ranks
+from anarcho_train.recovery import RecoveryConfig, TrainingDiverged
 from anarcho_train.reference import ReferenceCache, ReferenceCacheError, ReferencedTraining, ReferencedValidation
+from anarcho_train.saving import SaveFailed, free_bytes
 from anarcho_train.signals import StopSignal
 from anarcho_train.step import Batch, LossSum, Step, StepMetrics, StepSchedule
 from anarcho_train.validation import evaluate
@@ -24,10 +26,12 @@ __all__ = [
     "PreferenceConfig",
     "RankLost",
     "Ranks",
+    "RecoveryConfig",
     "ReferenceCache",
     "ReferenceCacheError",
     "ReferencedTraining",
     "ReferencedValidation",
+    "SaveFailed",
     "Step",
     "StepMetrics",
     "StepSchedule",
@@ -37,5 +41,6 @@ __all__ = [
     "TrainingDiverged",
     "TrainingDraws",
     "evaluate",
+    "free_bytes",
     "lock_run",
 ]

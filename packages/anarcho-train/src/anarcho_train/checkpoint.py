@@ -50,6 +50,8 @@ class CheckpointInfo:
     """Validation loss at that step in nats per token, where one was measured."""
     compared_loss: float | None
     """The loss by which checkpoints of a run are compared: all of them measured it on the same text."""
+    planned: bool
+    """Whether a run that nothing interrupts has one after this step."""
     valid: bool
     """Whether every file is what the manifest says."""
     problem: str | None
@@ -71,7 +73,7 @@ class CheckpointStore:
         ``write`` puts the files of model and optimizer into the directory that it is given; ``state`` is stored as ``state.json``,
         ``hashes`` (of config, tokenizer, data) in the manifest.
         """
-        final = self.directory / f"step-{step:08d}"
+        final = self.path(step)
         self.directory.mkdir(parents=True, exist_ok=True)
         partial = self.directory / f".{final.name}{_PARTIAL}{os.getpid()}"
         shutil.rmtree(partial, ignore_errors=True)
@@ -103,6 +105,10 @@ class CheckpointStore:
         sync(self.directory)
         self._rotate()
         return final
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step is, or would be."""
+        return self.directory / f"step-{step:08d}"
 
     def list(self, *, check_hashes: bool = True) -> list[CheckpointInfo]:
         """All checkpoints, oldest first, with their validity; without ``check_hashes`` only names and sizes are compared."""
@@ -146,8 +152,21 @@ class CheckpointStore:
         return None
 
     def recent(self) -> Sequence[Path]:
-        """The newest sound checkpoints, at most `keep_last`, oldest first: those that a run may go on from."""
-        return [info.path for info in self.list(check_hashes=False) if info.valid][-self.keep_last :]
+        """The sound checkpoints that a run may go on from, oldest first: the newest one, and `keep_last` of those that were planned."""
+        return [info.path for info in self._newest([info for info in self.list(check_hashes=False) if info.valid])]
+
+    def before_fault(self) -> Path | None:
+        """The newest sound checkpoint that was planned: where a run is rolled back to, however often it was interrupted."""
+        for _, path in reversed(self._paths()):
+            if not self.verify(path) and self.read_state(path).get("planned", True):
+                return path
+        return None
+
+    def discard_after(self, step: int) -> None:
+        """Deletes the sound checkpoints after ``step``, which the run does not go on from any more."""
+        for info in self.list(check_hashes=False):
+            if info.step > step and info.valid:
+                _delete(info.path)
 
     def best(self) -> Path | None:
         """The sound checkpoint with the lowest validation loss, or None where no checkpoint has one."""
@@ -187,6 +206,7 @@ class CheckpointStore:
             path=path,
             created_at=float(manifest.get("created_at", path.stat().st_mtime)),
             bytes=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+            planned=bool(state.get("planned", True)),
             validation_loss=state.get("validation_loss"),
             compared_loss=state.get("compared_loss", state.get("validation_loss")),
             valid=not problems,
@@ -194,16 +214,27 @@ class CheckpointStore:
         )
 
     def _rotate(self) -> None:
-        """Deletes all but the newest `keep_last` sound checkpoints and the best one; damaged ones stay for a person to look at."""
+        """Deletes all but the newest `keep_last` sound checkpoints and the best one; damaged ones stay for a person to look at.
+
+        One that was not planned, of a run that was stopped, goes when there is a newer one: the others are as if there had been no stop.
+        """
         sound = [info for info in self.list(check_hashes=False) if info.valid]
-        keep = {info.path for info in sound[-self.keep_last :]}
+        keep = {info.path for info in self._newest(sound)}
         if best := _best(sound):
             keep.add(best.path)
         for info in sound:
             if info.path not in keep:
-                doomed = info.path.with_name(f".{info.path.name}{_PARTIAL}old")
-                info.path.rename(doomed)  # A half-deleted checkpoint must never look like a damaged one.
-                shutil.rmtree(doomed)
+                _delete(info.path)
+
+    def _newest(self, sound: Sequence[CheckpointInfo]) -> Sequence[CheckpointInfo]:
+        planned = {info.step for info in [info for info in sound if info.planned][-self.keep_last :]}
+        return [info for info in sound if info.step in planned or info is sound[-1]]
+
+
+def _delete(checkpoint: Path) -> None:
+    doomed = checkpoint.with_name(f".{checkpoint.name}{_PARTIAL}old")
+    checkpoint.rename(doomed)  # A half-deleted checkpoint must never look like a damaged one.
+    shutil.rmtree(doomed)
 
 
 def _best(infos: Sequence[CheckpointInfo]) -> CheckpointInfo | None:

@@ -1,8 +1,8 @@
 """The loop of every stage: batches in, optimizer steps, evaluations and checkpoints out.
 
 Notable: the loop knows no framework, no model and no file format of theirs; it owns the order of things. Its whole state is a few
-integers (the step and what follows from it) and the early stopping's numbers, so a resumed run consumes exactly the samples that an
-uninterrupted one would.
+integers (the step and what follows from it) and the numbers of early stopping and of recovery, so a resumed run consumes exactly the
+samples that an uninterrupted one would.
 """
 
 from __future__ import annotations
@@ -25,19 +25,14 @@ from anarcho_train.interfaces import (
     ValidationBatches,
 )
 from anarcho_train.ranks import Alone, Ranks
+from anarcho_train.recovery import Fault, Recovery, RecoveryConfig, TrainingDiverged
+from anarcho_train.saving import Saves, require_free
 from anarcho_train.signals import StopSignal
 from anarcho_train.step import Step, StepMetrics, StepSchedule
 from anarcho_train.validation import bits_per_byte, total_loss
 
-MAX_SKIPPED_STEPS = 10
-"""So many steps in a row without a finite gradient end the run: it has diverged and would only burn time."""
-
 WAIT_SECONDS = 0.02
 """How often a run that waits for data looks for it."""
-
-
-class TrainingDiverged(ValueError):
-    """The loss or the gradient was not finite for many steps in a row."""
 
 
 @dataclass(kw_only=True)
@@ -91,6 +86,12 @@ class Loop:
     Left out, samples are sequences of `sequence_length`, and the config says how many make a step and a micro-batch."""
     ranks: Ranks = field(default_factory=Alone)
     """The processes that train together."""
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
+    """What is done about faults."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """The configuration as JSON values, which each checkpoint keeps."""
+    checkpoint_bytes: int = 0
+    """What a checkpoint takes on the disk, about; no smaller space is begun to be filled."""
 
     def __post_init__(self) -> None:
         if self.samples_per_step is None:
@@ -99,6 +100,8 @@ class Loop:
             raise ValueError(f"samples_per_step is {self.samples_per_step}; expected at least 1, or None")
         else:
             self._per_step, self._micro = self.samples_per_step, 1
+        self._recovery = Recovery(self.recovery, samples_per_step=self._per_step, directory=self.checkpoints.directory)
+        self._saves = Saves(limit=self.recovery.max_failed_saves)
         self._result = TrainResult(step=0, tokens=0)
         self._compared_loss: float | None = None
         self._finished = False
@@ -121,51 +124,52 @@ class Loop:
         self._compared_loss = state.get("compared_loss")
         self._finished = bool(state.get("finished"))
         self._saved_step = self._result.step
+        samples = int(state.get("samples", self._result.step * self._per_step))
+        self._recovery.load_state_dict(state.get("recovery", {}), step=self._result.step, samples=samples)
 
     def run(self) -> TrainResult:
         """Trains up to the configured number of steps, or until early stopping or a signal, and returns how it ended."""
-        result, config = self._result, self.config
-        skipped = 0
+        config = self.config
         unreported: list[StepMetrics] = []
-        self.throughput.begin(result.step)
+        self.throughput.begin(self._result.step)
         self._write("start", **self.facts)
         with StopSignal() as stop:
-            while result.step < config.steps and not self._finished and self._await_batch(stop):
+            while (result := self._result).step < config.steps and not self._finished and self._await_batch(stop):
                 metrics = self._train_step()
                 unreported.append(metrics)
-                skipped = skipped + 1 if metrics.skipped else 0
                 last = result.step == config.steps
                 if self._is_logged(result.step):
                     self._log(unreported)
                     unreported = []
-                if metrics.skipped:
-                    self._report_skip(metrics, skipped)
+                if self._recover(metrics):
+                    unreported = []
+                    continue
                 improved = False
                 if self.validation and (last or (config.eval_every and result.step % config.eval_every == 0)):
                     improved = self._evaluate(self.validation, last=last)
                 due = config.checkpoint_every and result.step % config.checkpoint_every == 0
                 if last or due or improved or self._finished:
-                    self._save()
+                    self._save(final=last or self._finished)
                 if self._finished and not last:
                     self._event("early stopping: the validation loss has not improved for too long")
                 elif stop.requested:
                     break
             if stop.requested:
                 self._stop(stop)
-        return result
+        return self._result
 
     def _await_batch(self, stop: StopSignal) -> bool:
         """Waits until the next step's samples are there; False where a signal or the end of the data says to end the run.
 
         Whatever the data fails with for good, the state is saved first.
         """
-        first = self._result.step * self._per_step
+        first = self._recovery.first_sample(self._result.step)
         with self.throughput.waiting():
             while not stop.requested:
                 try:
                     state = self.batches.state(first, self._per_step)
                 except (ValueError, OSError):
-                    self._save()
+                    self._save(planned=False)
                     raise
                 if state == "ready":
                     return True
@@ -184,22 +188,30 @@ class Loop:
             else:
                 self._measure(self.validation, max_tokens=None)
         self._finished = True
-        self._save()
+        self._save(final=True)
 
     def _stop(self, stop: StopSignal) -> None:
         """A signal came: the state is saved, and unless the run was at its end anyway, the signal is how it ended."""
-        self._save()
+        self._save(planned=False, needed=True)
         if self._result.step < self.config.steps and not self._finished:
             self._result.stopped_by = stop.number
         self._event(f"stopped by signal {stop.number}; the state is saved")
 
     def _train_step(self) -> StepMetrics:
         result, micro = self._result, self._micro
-        first = result.step * self._per_step
+        first = self._recovery.first_sample(result.step)
         with self.throughput.waiting():
-            micro_batches = [self.batches.batch(first + i, micro) for i in range(0, self._per_step, micro)]
+            try:
+                micro_batches = [self.batches.batch(first + i, micro) for i in range(0, self._per_step, micro)]
+            except (ValueError, OSError):  # Data that has come to harm: what was trained until now is not to be lost.
+                self._save(planned=False)
+                raise
         tokens = sum(batch.tokens.size for batch in micro_batches)
-        schedule = replace(self.schedule(result.step), measure_update=self._is_logged(result.step + 1))
+        schedule = replace(
+            self.schedule(result.step),
+            measure_update=self._is_logged(result.step + 1),
+            max_loss=self._recovery.max_loss,
+        )
         metrics = self.step.train(micro_batches, schedule=schedule)
         self.throughput.finish_step(tokens)
         result.step += 1
@@ -240,12 +252,38 @@ class Loop:
         self._write("validation", loss=loss, **(measures or {"bits_per_byte": bits}))
         return loss
 
-    def _save(self) -> None:
-        """Writes a checkpoint, unless this very step has one or there is nothing to keep yet."""
+    def _save(self, *, planned: bool = True, final: bool = False, needed: bool = False) -> None:
+        """Writes a checkpoint, unless this very step has one or there is nothing to keep yet.
+
+        The ``final`` one is tried several times. One that is not ``planned`` would not be there if nothing had interrupted the run.
+        """
         result = self._result
         if result.step in (0, self._saved_step):
             return
-        sample = result.step * self._per_step
+        state = self._state(planned=planned)
+        started = time.monotonic()
+
+        def save() -> Path:
+            require_free(
+                self.checkpoints.directory, self.checkpoint_bytes, purpose=f"the checkpoint of step {result.step}"
+            )
+            return self.checkpoints.save(result.step, self.step.save, state=state, hashes=self.hashes)
+
+        with self.throughput.pause("checkpoint"):
+            path = self._saves.attempt(save, report=self._report_failed_save, needed=needed or final, patient=final)
+        if path is None:
+            return
+        result.checkpoint, self._saved_step = path, result.step
+        self._write("checkpoint", path=str(path.name), seconds=time.monotonic() - started)
+        self.on_checkpoint()
+
+    def _report_failed_save(self, message: str, failures: int) -> None:
+        self._event(f"the checkpoint of step {self._result.step} {message}", fault="save", failures=failures)
+
+    def _state(self, *, planned: bool) -> dict[str, Any]:
+        """What a checkpoint keeps besides the step's files."""
+        result = self._result
+        sample = self._recovery.first_sample(result.step)
         state = {
             "tokens": result.tokens,
             "samples": sample,
@@ -255,17 +293,15 @@ class Loop:
             "bits_per_byte": _finite(result.bits_per_byte),
             "compared_loss": _finite(self._compared_loss),
             "finished": self._finished,
+            "planned": planned,
+            "recovery": self._recovery.state_dict(),
+            "settings": self.settings,
         }
         if result.validation_measures:
             state["validation_measures"] = {
                 name: value for name, value in result.validation_measures.items() if math.isfinite(value)
             }
-        started = time.monotonic()
-        with self.throughput.pause("checkpoint"):
-            result.checkpoint = self.checkpoints.save(result.step, self.step.save, state=state, hashes=self.hashes)
-        self._saved_step = result.step
-        self._write("checkpoint", path=str(result.checkpoint.name), seconds=time.monotonic() - started)
-        self.on_checkpoint()
+        return state
 
     def _is_logged(self, step: int) -> bool:
         return step == self.config.steps or step % self.config.log_every == 0
@@ -281,18 +317,50 @@ class Loop:
         }
         self._write("train", **values, **measures, **rates, **self.throughput.metrics(), **self.gauges())
 
-    def _report_skip(self, metrics: StepMetrics, skipped: int) -> None:
-        first = (self._result.step - 1) * self._per_step
-        what = f"loss {metrics.loss} and gradient norm {metrics.grad_norm} of samples {first} to {first + self._per_step - 1}"
-        self._event(f"no update at step {self._result.step}: {what}")
-        if skipped >= MAX_SKIPPED_STEPS:
-            raise TrainingDiverged(
-                f"step {self._result.step} is the {skipped}th in a row without a finite gradient ({what}); the run has diverged: "
-                "start a new run with a lower optim.lr, a longer optim.warmup_steps or train.precision = 'float32'"
-            )
+    def _recover(self, metrics: StepMetrics) -> bool:
+        """Does about a fault what the policy says; returns whether the run was rolled back. Raises `TrainingDiverged` to stop it."""
+        step = self._result.step - 1
+        fault = self._recovery.judge(metrics, step=step, can_roll_back=lambda: self._earlier_step() is not None)
+        if fault is None:
+            return False
+        if fault.action == "rollback":
+            self._roll_back(fault)
+            return True
+        self._event(fault.message, **fault.fields)
+        if fault.action == "stop":
+            if not fault.escalated:
+                self._save(planned=False, needed=True)
+            raise TrainingDiverged(fault.ending)
+        return False
 
-    def _event(self, message: str) -> None:
-        self._write("event", message=message)
+    def _roll_back(self, fault: Fault) -> None:
+        """Goes on from the newest checkpoint with the samples after those at fault."""
+        step = self._earlier_step()
+        assert step is not None, "a run is rolled back only where there is a checkpoint"
+        if self.ranks.rank == 0:
+            self.checkpoints.discard_after(step)
+            self._recovery.roll_back(to=step, failed=fault.step)
+        self.ranks.gathered([step])  # All read what the first has noted.
+        self.resume(self.checkpoints.path(step))
+        self.throughput.begin(step)
+        sample = self._recovery.first_sample(step)
+        self._event(
+            f"rolled back from step {fault.step} to step {step} ({fault.what}); the run goes on with sample {sample}",
+            **fault.fields,
+            rolled_back_to=step,
+            next_sample=sample,
+            rollbacks=self._recovery.rollbacks,
+        )
+
+    def _earlier_step(self) -> int | None:
+        """The step of the checkpoint to roll back to, as the first rank finds it."""
+        path = self.checkpoints.before_fault() if self.ranks.rank == 0 else None
+        step = -1 if path is None else int(self.checkpoints.read_state(path)["step"])
+        found = int(self.ranks.gathered([step])[0, 0])
+        return None if found < 0 else found
+
+    def _event(self, message: str, **fields: Any) -> None:
+        self._write("event", message=message, **fields)
 
     def _write(self, kind: str, **values: Any) -> None:
         self.sink.write(kind, step=self._result.step, tokens=self._result.tokens, **values)

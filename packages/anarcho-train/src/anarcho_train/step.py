@@ -55,6 +55,8 @@ class StepSchedule:
     """Steps made before this one; random draws of the step follow from it."""
     measure_update: bool = False
     """Whether the step is to report how large its update is beside the weights."""
+    max_loss: float | None = None
+    """A larger mean loss changes nothing; None takes every finite one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +74,7 @@ class StepMetrics:
     update_ratios: dict[str, float] = field(default_factory=dict)
     """Norm of the update over the norm of the weights, by parameter group, where it was asked for."""
     skipped: bool = False
-    """Whether the update was left out because the loss or the gradient was not finite."""
+    """Whether the update was left out, since loss or gradient were not finite or the loss beyond `StepSchedule.max_loss`."""
     measures: dict[str, float] = field(default_factory=dict)
     """Means per unit of weight of what the stage measures besides its loss, by name."""
 

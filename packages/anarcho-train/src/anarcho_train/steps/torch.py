@@ -8,6 +8,7 @@ of parameters: the model's files as the caller writes them, ``optimizer.safetens
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import shutil
@@ -26,8 +27,10 @@ from torch import Tensor, nn
 from anarcho_train.config import TrainConfig
 from anarcho_train.interfaces import Draws
 from anarcho_train.losses.torch import NextTokenLoss, answer_logprobs
+from anarcho_train.out_of_memory import guarded
 from anarcho_train.step import Batch, LossSum, StepMetrics, StepSchedule
 from anarcho_train.steps.files import OPTIMIZER_FILE, RUNTIME_FILE
+from anarcho_train.steps.torch_memory import RandomState, empty_caches, forget_updates
 from anarcho_train.steps.torch_updates import UpdateSizes
 
 COMPILE_MIN_FLOPS = 5e12
@@ -113,8 +116,12 @@ class TorchStep:
 
     ``save_model`` and ``load_model`` write and read the model's own files, so that the format stays with the model. ``loss`` is that of
     the stage; left out, of the next token. ``draws`` are what is random in training, and never in an evaluation.
+    ``begin`` gives the model the weights with which the training began, for `restart`.
     ``flops`` is the work of the whole run, for `resolve_compile`. ``notify`` receives one sentence
     whenever something is worth telling a person.
+
+    Where memory runs out, `train`, `evaluate`, `answer_logprobs` and `save` raise `anarcho_train.OutOfMemory`: gradients are dropped,
+    caches empty, random generators as before.
     """
 
     def __init__(
@@ -127,6 +134,7 @@ class TorchStep:
         load_model: Callable[[nn.Module, Path], None],
         loss: StageLoss | None = None,
         draws: Draws | None = None,
+        begin: Callable[[nn.Module], None] | None = None,
         flops: float = 0.0,
         notify: Callable[[str], None] = lambda message: None,
     ) -> None:
@@ -140,7 +148,7 @@ class TorchStep:
         self._save_model, self._load_model, self._notify = save_model, load_model, notify
         self._draws = draws
         self._loss: StageLoss = NextTokenLoss() if loss is None else loss
-        self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.float16)
+        self._scaler = self._new_scaler()
         self._logprobs: Callable[..., Tensor] = model.token_logprobs  # type: ignore[assignment]
         if self.compiled:
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_COMPILED_SHAPES)
@@ -148,9 +156,15 @@ class TorchStep:
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         self._names = {id(p): name for name, p in model.named_parameters()}
+        self._begin, self._first_random = begin, RandomState(self.device)
+        self._keeps_state = bool(optimizer.state)
+        self._updating = False
 
     def train(self, micro_batches: Sequence[Batch], *, schedule: StepSchedule) -> StepMetrics:
         """One update; the gradient is that of the mean loss over the weight of all micro-batches together."""
+        return self._guarded(lambda: self._train(micro_batches, schedule=schedule))
+
+    def _train(self, micro_batches: Sequence[Batch], *, schedule: StepSchedule) -> StepMetrics:
         weight = float(sum(self._loss.weight(batch) for batch in micro_batches))
         self._apply(schedule)
         try:
@@ -169,37 +183,50 @@ class TorchStep:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._grad_clip or float("inf"))
         grad_norm = float(norm)
         finite = bool(np.isfinite(total.loss) and np.isfinite(grad_norm))
-        sizes = UpdateSizes(self._parameters_by_group()) if finite and schedule.measure_update else None
-        if finite:
+        updated = finite and weight > 0 and (schedule.max_loss is None or total.loss / weight <= schedule.max_loss)
+        sizes = UpdateSizes(self._parameters_by_group()) if updated and schedule.measure_update else None
+        if updated:
+            self._updating = True
             self._scaler.step(self.optimizer)
         self._scaler.update()
         rates = {_group_name(i, group): float(group["lr"]) for i, group in enumerate(self.optimizer.param_groups)}
         return StepMetrics(
-            loss=total.loss / weight,
+            loss=total.loss / weight if weight else math.nan,
             weight=weight,
             grad_norm=grad_norm,
             learning_rates=rates,
             update_ratios=sizes.ratios() if sizes else {},
-            skipped=not finite,
-            measures=total.means(),
+            skipped=not updated,
+            measures=total.means() if weight else dict.fromkeys(total.measures, math.nan),
         )
 
     def evaluate(self, batch: Batch) -> LossSum:
         """The summed loss of a batch."""
-        with self._without_update():
-            return self._sums(batch, *self._batch_loss(batch, self._neutral(batch)))
+
+        def sums() -> LossSum:
+            with self._without_update():
+                return self._sums(batch, *self._batch_loss(batch, self._neutral(batch)))
+
+        return self._guarded(sums)
 
     def answer_logprobs(self, batch: Batch) -> np.ndarray:
         """The log-probability of each row's counted targets, ``sum(weights * logprobs)``, float32 (rows,), in nats.
 
         Of a model that is not trained yet these are the reference's, in the very arithmetic of the training.
         """
-        with self._without_update():
-            logprobs = self._forward(batch, self._neutral(batch))
-        return answer_logprobs(logprobs.detach(), self._tensor(batch.weights)).cpu().numpy()
+
+        def rows() -> np.ndarray:
+            with self._without_update():
+                logprobs = self._forward(batch, self._neutral(batch))
+            return answer_logprobs(logprobs.detach(), self._tensor(batch.weights)).cpu().numpy()
+
+        return self._guarded(rows)
 
     def save(self, directory: Path) -> None:
         """Writes the model's files, the optimizer's state and the random state into ``directory``."""
+        self._guarded(lambda: self._write(directory))
+
+    def _write(self, directory: Path) -> None:
         try:
             self._save_model(self.model, directory)
             save_file(self._optimizer_tensors(), directory / OPTIMIZER_FILE)
@@ -223,6 +250,32 @@ class TorchStep:
                     "_growth_tracker": int(file.get_tensor("growth_tracker")),
                 }
                 self._scaler.load_state_dict(self._scaler.state_dict() | state)
+
+    def restart(self) -> None:
+        """Back to before the first step; raises ValueError where ``begin`` was not given."""
+        if self._begin is None:
+            raise ValueError("the step was not told with which weights the training began; start the run again")
+        self._begin(self.model)
+        forget_updates(self.optimizer, keeps_state=self._keeps_state)
+        self._scaler = self._new_scaler()
+        self._first_random.restore()
+
+    def _guarded(self, work: Callable[[], Any]) -> Any:
+        random, self._updating = RandomState(self.device), False
+
+        def recover() -> bool:
+            self.optimizer.zero_grad(set_to_none=True)
+            state = self._scaler.state_dict()
+            self._scaler = self._new_scaler()  # The old one remembers that it has unscaled gradients in this step.
+            self._scaler.load_state_dict(state)
+            random.restore()
+            empty_caches(self.device)
+            return self._updating
+
+        return guarded(work, recover=recover)
+
+    def _new_scaler(self) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.float16)
 
     def _parameters_by_group(self) -> dict[str, Sequence[Tensor]]:
         return {_group_name(i, group): group["params"] for i, group in enumerate(self.optimizer.param_groups)}
