@@ -1,0 +1,49 @@
+"""What is put back in PyTorch after memory ran out: random generators, the allocator's cache, and an optimizer before its first step."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class RandomState:
+    """The random generators of the CPU and of a device, as they are at this moment."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._cpu = torch.get_rng_state()
+        self._accelerator = None if device.type == "cpu" else _module(device).get_rng_state()
+
+    def restore(self) -> None:
+        """Sets the generators back."""
+        torch.set_rng_state(self._cpu)
+        if self._accelerator is not None:
+            _module(self._device).set_rng_state(self._accelerator)
+
+
+def empty_caches(device: torch.device) -> None:
+    """Gives freed memory back to the device, so that what is tried next finds it in one piece."""
+    gc.collect()
+    if device.type != "cpu":
+        _module(device).empty_cache()
+
+
+def forget_updates(optimizer: torch.optim.Optimizer, *, keeps_state: bool) -> None:
+    """The optimizer's state as before its first step: zeros of one that ``keeps_state`` from the beginning, else none.
+
+    Tensors stay where they are, because recorded graphs hold their addresses.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    if not keeps_state:
+        optimizer.state.clear()
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor):
+                value.zero_()
+
+
+def _module(device: torch.device) -> Any:
+    return torch.mps if device.type == "mps" else torch.cuda
