@@ -1,4 +1,4 @@
-"""Which framework a command takes, where that is said, and what MLX refuses; nothing is trained here."""
+"""Which framework a command takes, where that is said, and what is refused; nothing is trained here."""
 
 from __future__ import annotations
 
@@ -70,15 +70,6 @@ def test_without_mlx_the_run_is_refused_before_anything_is_written(refused, tmp_
     monkeypatch.setattr(devices, "_installed", lambda module: module != "mlx")
     assert "pip install 'anarcho-cli[mlx]'" in refused("pretrain", "--backend", "mlx", "--device", "cpu")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_mlx_refuses_adapters_and_names_the_back_end_that_trains_them() -> None:
-    pytest.importorskip("mlx.core")
-    from anarcho_cli.back_ends import mlx
-
-    config = resolve(preset="sft", overrides=["lora.rank=4"])
-    with pytest.raises(ValueError, match=r"lora\.rank is 4.*--backend torch"):
-        mlx.require_supported(config, "cpu")
 
 
 def test_a_run_goes_on_where_it_was_and_one_of_the_first_version_with_pytorch(tmp_path: Path) -> None:

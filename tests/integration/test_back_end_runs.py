@@ -150,7 +150,7 @@ def test_a_pipeline_runs_on_mlx_with_one_setting(anarcho, corpus, tmp_path) -> N
     stages = [("vocabulary", "tokenizer", None, corpus, {"tokenizer.vocab_size": 320})]
     stages += [("base", "pretrain", "vocabulary", corpus, shape)]
     stages += [("chat", "sft", "base", "chat.jsonl", {"train.neftune_alpha": 5.0})]
-    stages += [("aligned", "preference", "chat", "pairs.jsonl", {})]
+    stages += [("aligned", "preference", "chat", "pairs.jsonl", {"lora.rank": 2, "lora.dropout": 0.1})]
     text = ""
     for name, command, base, data, values in stages:
         text += f"[[stage]]\nname = '{name}'\ncommand = '{command}'\ndata = '{data}'\n"
@@ -163,5 +163,7 @@ def test_a_pipeline_runs_on_mlx_with_one_setting(anarcho, corpus, tmp_path) -> N
         run = tmp_path / "runs" / "chain" / name
         assert [start["backend"] for start in starts(run)] == ["mlx"]
         assert (run / "checkpoints" / "step-00000002" / "model.safetensors").is_file()
+    adapter = run / "checkpoints" / "step-00000002" / "adapter"
+    assert {path.name for path in adapter.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     again = anarcho(*line, "--json", cwd=tmp_path)
     assert [stage["action"] for stage in json.loads(again.stdout)["stages"]] == ["skip"] * 4, result.stderr

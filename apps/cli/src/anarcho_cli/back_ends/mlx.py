@@ -20,12 +20,12 @@ from anarcho_model.generate.sampling import SamplingConfig
 from anarcho_monitor import read_memory
 from anarcho_tokenize import AnyTokenizer
 
-from anarcho_cli.back_ends.settings import require_fitting, special_tokens, training_draws
+from anarcho_cli.back_ends.settings import ADAPTER, adapter_groups, require_fitting, special_tokens, training_draws
 from anarcho_cli.config import RunConfig
-from anarcho_cli.layers import ConfigError
 from anarcho_cli.output import note
 
 if TYPE_CHECKING:
+    from anarcho_model.mlx import GPT
     from anarcho_train.steps.mlx import MlxStep
 
     from anarcho_cli.back_ends import TrainingStep
@@ -39,14 +39,10 @@ CACHE_SHARE = 0.5
 
 
 def require_supported(config: RunConfig, device: str) -> None:
-    """Refuses adapters, and an arithmetic that the device does not have."""
+    """Refuses an arithmetic that the device does not have."""
     import mlx.core as mx
     from anarcho_train.steps.mlx import resolve_precision
 
-    if config.lora.rank:
-        raise ConfigError(
-            f"lora.rank is {config.lora.rank}, but MLX trains no adapters here; expected 0, or train with --backend torch"
-        )
     _use(device)
     resolve_precision(config.train.precision, mx.default_device())
 
@@ -75,7 +71,7 @@ def make_step(config: RunConfig, tokenizer: AnyTokenizer, base: Path, *, device:
     import mlx.core as mx
     from anarcho_model.mlx import GPT
     from anarcho_model.weights_mlx import load_weights
-    from anarcho_optim.mlx import MuonAdamW, param_groups
+    from anarcho_optim.mlx import MuonAdamW
     from anarcho_train.losses.mlx_preference import PreferenceLoss
     from anarcho_train.steps.mlx import MlxStep
 
@@ -87,10 +83,14 @@ def make_step(config: RunConfig, tokenizer: AnyTokenizer, base: Path, *, device:
         load_weights(model, base)
     else:
         model.init_weights(seed=config.train.seed, init=config.init)
+    if config.lora.rank:
+        from anarcho_model.lora.mlx import add_adapter
+
+        add_adapter(model, config.lora, seed=config.train.seed)
     model.gradient_checkpointing = config.train.gradient_checkpointing
     return MlxStep(
         model,
-        MuonAdamW(param_groups(model, config=config.optim)),
+        MuonAdamW(_groups(model, config)),
         config=config.train,
         loss=PreferenceLoss(config.preference) if config.data.kind == "preference" else None,
         draws=training_draws(config),
@@ -102,9 +102,11 @@ def make_step(config: RunConfig, tokenizer: AnyTokenizer, base: Path, *, device:
 
 
 def generate(step: TrainingStep, prompt: Sequence[int], *, config: SamplingConfig) -> Iterator[int]:
-    """As `BackEnd.generate`."""
+    """As `BackEnd.generate`; an adapter is merged for good."""
     from anarcho_model.generate.mlx import generate as continuation
+    from anarcho_model.lora.mlx import merge_adapter
 
+    merge_adapter(step.model)
     return continuation(step.model, prompt, config=config)
 
 
@@ -126,15 +128,31 @@ def _use(device: str) -> None:
     mx.set_default_device(mx.cpu if device == "cpu" else mx.gpu)
 
 
+def _groups(model: GPT, config: RunConfig) -> Any:
+    """The groups of the optimizer; an adapter's thin matrices are Muon's only if the configuration says so."""
+    from anarcho_model.lora.mlx import adapter_parameters
+    from anarcho_optim.mlx import param_groups
+
+    return adapter_groups(config, adapter_parameters(model).items()) or param_groups(model, config=config.optim)
+
+
 def _save_model(model: Any, directory: Path, config: RunConfig, tokenizer: AnyTokenizer) -> None:
-    """A model directory that is whole in itself."""
+    """A model directory that is whole in itself; an adapter, which is merged into its weights, lies in a folder of its own, too."""
+    from anarcho_model.lora.peft_mlx import save_adapter
     from anarcho_model.weights_mlx import save_pretrained
 
     save_pretrained(model, directory, **special_tokens(config, tokenizer))
     tokenizer.save(directory)
+    if model.adapter is not None:
+        save_adapter(model, directory / ADAPTER)
 
 
 def _load_model(model: Any, directory: Path) -> None:
+    """What is trained: all weights, or those of the adapter, since the base's are there already."""
+    from anarcho_model.lora.peft_mlx import load_adapter
     from anarcho_model.weights_mlx import load_weights
 
-    load_weights(model, directory)
+    if model.adapter is None:
+        load_weights(model, directory)
+    else:
+        load_adapter(model, directory / ADAPTER)

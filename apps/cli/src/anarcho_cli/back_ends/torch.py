@@ -10,7 +10,7 @@ from anarcho_model.generate.sampling import SamplingConfig
 from anarcho_monitor import read_memory
 from anarcho_tokenize import AnyTokenizer
 
-from anarcho_cli.back_ends.settings import require_fitting, special_tokens, training_draws
+from anarcho_cli.back_ends.settings import ADAPTER, adapter_groups, require_fitting, special_tokens, training_draws
 from anarcho_cli.config import RunConfig
 from anarcho_cli.output import note
 
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from anarcho_cli.back_ends import TrainingStep
 
 NAME: str = "torch"
-
-ADAPTER = "adapter"
-"""The folder of a checkpoint with the adapter, in PEFT's format."""
 
 
 def require_supported(config: RunConfig, device: str) -> None:
@@ -98,13 +95,10 @@ def device_name(device: str) -> str:
 
 def _groups(model: GPT, config: RunConfig) -> Any:
     """The groups of the optimizer; an adapter's thin matrices are Muon's only if the configuration says so."""
-    from anarcho_optim.groups import adamw_options
+    from anarcho_model.lora.torch import adapter_parameters
     from anarcho_optim.torch import param_groups
 
-    if not config.lora.rank or config.lora.optimizer == "muon":
-        return param_groups(model, config=config.optim)
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    return [{"name": "adapter", "params": named, **adamw_options(config.optim)}]
+    return adapter_groups(config, adapter_parameters(model).items()) or param_groups(model, config=config.optim)
 
 
 def _save_model(model: Any, directory: Path, config: RunConfig, tokenizer: AnyTokenizer) -> None:
