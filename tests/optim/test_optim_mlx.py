@@ -141,7 +141,7 @@ def test_a_gradient_that_is_not_a_number_is_not_hidden():
 
 @pytest.mark.parametrize("limit_bytes", [1, 4 * 24 * 2, 4 * 24 * 3, 10**9])
 def test_batches_of_any_size_give_the_same_matrices_in_their_places(monkeypatch, limit_bytes):
-    monkeypatch.setattr(mlx_update, "batch_bytes", lambda device_type: limit_bytes)
+    monkeypatch.setattr(mlx_update, "mlx_batch_bytes", lambda device_type: limit_bytes)
     shapes = {"a": (4, 6), "b": (5, 6, 4), "c": (0, 4, 6), "d": (2, 4, 6), "e": (12, 4), "f": (3, 3)}
     options = {name: cases.muon(flatten=False, split_sizes=(6, 2, 4) if name == "e" else None) for name in shapes}
     weights = {name: array(0.1 * normal(*shape)) for name, shape in shapes.items()}
@@ -174,7 +174,7 @@ def peak_bytes(layers: int) -> int:
 
 
 def test_the_peak_memory_of_a_compiled_step_does_not_grow_with_the_number_of_layers(monkeypatch):
-    monkeypatch.setattr(mlx_update, "batch_bytes", lambda device_type: 2 * 4 * 128 * 32)
+    monkeypatch.setattr(mlx_update, "mlx_batch_bytes", lambda device_type: 2 * 4 * 128 * 32)
     assert peak_bytes(32) < 1.3 * peak_bytes(8)
 
 

@@ -27,8 +27,13 @@ MLX_BATCHES = 14
 
 
 def mlx_scratch_bytes(device_type: str, parameters: int) -> int:
-    """Upper bound of Muon's temporary memory in MLX, new weights and momenta included, while no matrix exceeds `batch_bytes`."""
-    return MLX_BATCHES * min(batch_bytes(device_type), 4 * parameters)
+    """Upper bound of Muon's temporary memory in MLX, new weights and momenta included, while no matrix exceeds `mlx_batch_bytes`."""
+    return MLX_BATCHES * min(mlx_batch_bytes(device_type), 4 * parameters)
+
+
+def mlx_batch_bytes(device_type: str) -> int:
+    """The cap of a float32 stack in MLX, where a CUDA GPU has no update that is fused for it, and needs the larger products."""
+    return 4 * BATCH_BYTES if device_type == "cuda" else batch_bytes(device_type)
 
 
 def batch_bytes(device_type: str) -> int:

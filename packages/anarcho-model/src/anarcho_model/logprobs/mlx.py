@@ -71,12 +71,14 @@ def _forward(hidden: mx.array, weight: mx.array, targets: mx.array, starts: rang
     normalisers: list[mx.array] = []
     for start in starts:
         rows = slice(start, start + starts.step)
-        part = mx.depends(hidden[rows], logprobs[-1]) if logprobs else hidden[rows]
-        logits = (part @ weight.T).astype(mx.float32)
-        normaliser = mx.logsumexp(logits, axis=-1)
+        part = mx.depends(hidden[rows], normalisers[-1]) if normalisers else hidden[rows]
+        logits = part @ weight.T
+        if mx.default_device() == mx.cpu:  # a GPU has a kernel that sums in float32 whatever it reads
+            logits = logits.astype(mx.float32)
+        losses = mx.fast.cross_entropy(logits, targets[rows])
         target_logits = mx.take_along_axis(logits, targets[rows, None], axis=1)[:, 0]
-        normalisers.append(normaliser)
-        logprobs.append(target_logits - normaliser)
+        normalisers.append(losses + target_logits.astype(mx.float32))
+        logprobs.append(-losses)
     return mx.concatenate(logprobs), mx.concatenate(normalisers)
 
 

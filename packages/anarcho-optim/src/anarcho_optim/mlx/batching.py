@@ -1,7 +1,7 @@
 """Which matrices of a step are orthogonalised together: batches of one shape and one iteration, of capped memory.
 
-Notable: a matrix and the transpose of another share a shape, because the iteration works on the wide form of both; a parameter may lie in
-several batches, when it is a stack of more matrices than fit or is split into blocks of different shapes.
+Notable: a matrix and the transpose of another are in different batches, because turning one costs more than the larger batch gains; a
+parameter may lie in several batches, when it is a stack of more matrices than fit or is split into blocks of different shapes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Iteration:
     """What matrices must have in common to be orthogonalised in one batch."""
 
     shape: tuple[int, int]
-    """(rows, columns) of the wide form, rows <= columns."""
+    """(rows, columns)."""
     variant: Variant
     ns_dtype: str
     frobenius: bool
@@ -37,7 +37,7 @@ class Iteration:
 def _iteration(shape: tuple[int, int], options: Mapping[str, Any]) -> Iteration:
     steps = iteration(options["variant"], ns_steps=options["ns_steps"], ns_coefficients=options["ns_coefficients"])
     return Iteration(
-        shape=(min(shape), max(shape)),
+        shape=shape,
         variant=steps,
         ns_dtype=options["ns_dtype"],
         frobenius=options["frobenius_normalization"],

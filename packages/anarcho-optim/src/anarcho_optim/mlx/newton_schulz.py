@@ -1,7 +1,8 @@
 """The approximate polar factor of a stack of matrices by Newton-Schulz iteration: the mathematics of Muon, as pure functions.
 
 Notable: a matrix is divided by its largest entry before its norm is taken, all in float32, so that neither a huge nor a tiny update is
-lost; the iteration itself may then run in half precision.
+lost; the iteration itself may then run in half precision. What is reduced over a matrix is reduced over its rows first, because MLX gives
+one result of a reduction to one block of threads: a few large matrices would leave most of a GPU idle.
 
 Sources: Keller Jordan's Muon (https://kellerjordan.github.io/posts/muon/); Amsel et al., "The Polar Express", arXiv:2505.16932.
 """
@@ -16,8 +17,15 @@ DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
 def resolve_ns_dtype(name: str) -> mx.Dtype:
-    """The arithmetic of the iteration: ``auto`` is float32, on the GPU as on the CPU."""
-    return DTYPES["float32" if name == "auto" else name]
+    """The arithmetic of the iteration: ``auto`` is float16 on a CUDA GPU, whose products are many times faster in it, else float32."""
+    if name == "auto":
+        name = "float16" if on_cuda() else "float32"
+    return DTYPES[name]
+
+
+def on_cuda() -> bool:
+    """Whether MLX computes on a CUDA GPU."""
+    return mx.default_device() == mx.gpu and mx.cuda.is_available()
 
 
 def reciprocal(x: mx.array) -> mx.array:
@@ -27,11 +35,11 @@ def reciprocal(x: mx.array) -> mx.array:
 
 def frobenius_norm(matrices: mx.array) -> mx.array:
     """||X||_F of each matrix of (matrices, rows, columns), as (matrices, 1, 1)."""
-    return mx.sqrt(mx.square(matrices).sum(axis=(-2, -1), keepdims=True))
+    return mx.sqrt(mx.square(matrices).sum(axis=-1, keepdims=True).sum(axis=-2, keepdims=True))
 
 
 def _normalize(matrices: mx.array, safety: float) -> mx.array:
-    largest = mx.abs(matrices).max(axis=(-2, -1), keepdims=True)
+    largest = mx.abs(matrices).max(axis=-1, keepdims=True).max(axis=-2, keepdims=True)
     scaled = matrices / mx.where(largest == 0, 1.0, largest)
     return scaled * reciprocal(safety * frobenius_norm(scaled))
 
@@ -46,9 +54,10 @@ def orthogonalize(updates: mx.array, *, variant: Variant, dtype: mx.Dtype = mx.f
     if updates.size == 0:
         return updates.astype(dtype)
     tall = updates.shape[-2] > updates.shape[-1]
-    x = _normalize(updates.swapaxes(-1, -2) if tall else updates, variant.safety).astype(dtype)
+    x = _normalize(updates, variant.safety).astype(dtype)
     for a, b, c in variant.coefficients:
-        gram = x @ x.swapaxes(-1, -2)
+        transposed = x.swapaxes(-1, -2)
+        gram = transposed @ x if tall else x @ transposed
         polynomial = mx.addmm(gram, gram, gram, alpha=c, beta=b)
-        x = mx.addmm(x, polynomial, x, beta=a)
-    return x.swapaxes(-1, -2) if tall else x
+        x = mx.addmm(x, x, polynomial, beta=a) if tall else mx.addmm(x, polynomial, x, beta=a)
+    return x

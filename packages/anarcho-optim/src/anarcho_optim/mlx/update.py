@@ -20,9 +20,9 @@ from typing import Any
 import mlx.core as mx
 
 from anarcho_optim.groups import Blocks
-from anarcho_optim.memory import batch_bytes
+from anarcho_optim.memory import mlx_batch_bytes
 from anarcho_optim.mlx.batching import Iteration, batches
-from anarcho_optim.mlx.newton_schulz import frobenius_norm, orthogonalize, reciprocal, resolve_ns_dtype
+from anarcho_optim.mlx.newton_schulz import frobenius_norm, on_cuda, orthogonalize, reciprocal, resolve_ns_dtype
 from anarcho_optim.scaling import shape_scale
 
 Result = tuple[mx.array, dict[str, mx.array]]
@@ -52,7 +52,7 @@ def muon_step(inputs: Sequence[MuonInput]) -> list[Result]:
     and would otherwise hold the intermediate results of all batches at once; so the memory of a step does not grow with the number of
     layers.
     """
-    cap = batch_bytes("cpu" if mx.default_device() == mx.cpu else "mps")
+    cap = mlx_batch_bytes("cpu" if mx.default_device() == mx.cpu else "cuda" if on_cuda() else "mps")
     started: dict[int, tuple[mx.array, list[mx.array]]] = {}
     orthogonal = [[[] for _ in item.blocks.sizes] for item in inputs]
     missing = [sum(item.blocks.count for shape in item.blocks.shapes if math.prod(shape)) for item in inputs]
@@ -76,24 +76,21 @@ def muon_step(inputs: Sequence[MuonInput]) -> list[Result]:
 
 def _start(item: MuonInput, before: list[mx.array]) -> tuple[mx.array, list[mx.array]]:
     """The new momentum and the blocks of the update as (count, rows, columns) stacks, not earlier than ``before`` is evaluated."""
-    gradient = mx.depends([item.gradient], before)[0] if before else item.gradient
+    # It is the momentum that waits: what the caller makes of the gradient, such as clipping it, is then part of the same kernel.
+    old = mx.depends([item.state["momentum"]], before)[0] if before else item.state["momentum"]
     blocks = item.blocks
-    momentum, update = advance_momentum(
-        item.state["momentum"], gradient, rate=item.momentum, nesterov=item.options["nesterov"]
-    )
+    momentum, update = advance_momentum(old, item.gradient, rate=item.momentum, nesterov=item.options["nesterov"])
     pieces = _split(update.reshape(blocks.count, blocks.rows, blocks.columns), blocks.sizes, blocks.split_dim + 1)
     return momentum, [equilibrate_rows(piece) for piece in pieces] if item.options["row_equilibration"] else pieces
 
 
 def _orthogonalize_batch(stacks: Sequence[mx.array], key: Iteration) -> list[mx.array]:
-    """The float32 orthogonal factors of stacks of one shape or its transpose, as one batch."""
-    wide = [s.swapaxes(-1, -2) if s.shape[-2] > s.shape[-1] else s for s in stacks]
-    batch = mx.concatenate(wide) if len(wide) > 1 else wide[0]
+    """The float32 orthogonal factors of stacks of one shape, as one batch."""
+    batch = mx.concatenate(list(stacks)) if len(stacks) > 1 else stacks[0]
     factors = orthogonalize(batch, variant=key.variant, dtype=resolve_ns_dtype(key.ns_dtype)).astype(mx.float32)
     if key.frobenius:
         factors = normalize_frobenius(factors)
-    parts = _split(factors, [len(s) for s in stacks], 0)
-    return [part if part.shape == s.shape else part.swapaxes(-1, -2) for part, s in zip(parts, stacks, strict=True)]
+    return _split(factors, [len(stack) for stack in stacks], 0)
 
 
 def _finish(item: MuonInput, momentum: mx.array, orthogonal: list[list[mx.array]]) -> Result:
