@@ -53,13 +53,14 @@ def test_every_other_kind_has_its_line(make: type[io.StringIO], monkeypatch: pyt
     progress = Progress(10, stream=stream, tokens_per_step=10)
     progress.write("start", step=0, tokens=0, parameters=1234)
     progress.write("train", step=1, tokens=10, loss=2.5)
-    progress.write("event", step=1, tokens=10, message="out of memory", micro_batch=4)
+    progress.write("event", step=1, tokens=10, message="out of memory", fault="memory", micro_batch=4)
     progress.write("sample", step=1, tokens=10, text="[bold]Call me", temperature=0.5)
     progress.close()
     progress.close()
     shown = stream.getvalue()
     assert "step 0  start: parameters 1234" in shown
-    assert "step 1  event: out of memory (micro_batch 4)" in shown
+    assert "step 1  event: out of memory" in shown
+    assert "fault" not in shown, "what a message says is not told twice"
     assert "step 1  sample (temperature 0.5):" in shown
     assert "    [bold]Call me" in shown
     assert "2.5000" in shown

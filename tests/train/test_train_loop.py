@@ -142,7 +142,7 @@ def test_steps_without_a_finite_gradient_are_reported_with_their_samples_and_end
     run = make_loop(steps=40, eval_every=0, checkpoint_every=0)
     with torch.no_grad():
         run.loop.step.model.hidden.weight.fill_(float("nan"))
-    with pytest.raises(TrainingDiverged, match=r"10th in a row .* lower optim.lr"):
+    with pytest.raises(TrainingDiverged, match=r"10 steps in a row .* lower optim.lr"):
         run.loop.run()
     assert "samples 0 to 7" in run.sink.of("event")[0]["message"]
 

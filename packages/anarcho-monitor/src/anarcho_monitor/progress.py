@@ -89,15 +89,14 @@ class Progress:
 
 
 def describe(kind: str, step: int, values: dict[str, Any]) -> str:
-    """One record in words: its text or message, its other values as figures, all on one line but for a sample's text."""
+    """One record in words: its message, or its text and other values as figures, all on one line but for a sample's text."""
     figures = ", ".join(f"{name} {_figure(value)}" for name, value in values.items() if name not in {"text", "message"})
     head = f"step {step}  {kind}"
     if "text" in values:
         head += f" ({figures})" if figures else ""
         return printable(head) + ":" + "".join(f"\n    {line}" for line in printable(str(values["text"])).splitlines())
     if "message" in values:
-        head += f": {values['message']}"
-        return printable(head + (f" ({figures})" if figures else ""))
+        return printable(f"{head}: {values['message']}")  # Its other values say the same, for programs.
     return printable(head + (f": {figures}" if figures else ""))
 
 

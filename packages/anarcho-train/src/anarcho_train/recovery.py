@@ -114,7 +114,7 @@ class Fault:
     @property
     def message(self) -> str:
         """What happened and what was done, for a run that goes on from here."""
-        done = "an update all the same" if self.action == "report" else "no update"
+        done = "a spike, and an update all the same," if self.action == "report" else "no update"
         return f"{done} at step {self.step}: {self.what}"
 
     @property
@@ -133,10 +133,10 @@ class Fault:
                 f"step {self.step} stopped the run, as recovery.{policy} = 'stop' asks for: {self.what}; the state without its update "
                 "is saved, and --resume goes on with the samples after these"
             )
-        times = f"the {self.skips}th in a row without an update" if self.skips > 1 else "without an update"
-        after = f", after {self.rollbacks} roll-backs" if self.rollbacks else ""
+        times = f"{self.skips} steps in a row up to step {self.step}" if self.skips > 1 else f"step {self.step}"
+        after = f" after {self.rollbacks} roll-backs" if self.rollbacks else ""
         return (
-            f"step {self.step} is {times}{after} ({self.what}); the run has diverged: go on from its last checkpoint, or start a new run, "
+            f"there was no update in {times}{after} ({self.what}); the run has diverged: go on from its last checkpoint, or start a new run, "
             "with a lower optim.lr, a longer optim.warmup_steps or train.precision = 'float32'"
         )
 

@@ -22,11 +22,11 @@ class SaveFailed(OSError):
 class Saves:
     """Attempts at checkpoints, of which ``limit`` in a row may fail."""
 
-    def __init__(self, *, limit: int, sleep: Callable[[float], None] = time.sleep) -> None:
+    def __init__(self, *, limit: int, sleep: Callable[[float], None] | None = None) -> None:
         self.failures = 0
         """Attempts in a row that have failed."""
         self._limit = limit
-        self._sleep = sleep
+        self._sleep = sleep or time.sleep
 
     def attempt(
         self, save: Callable[[], Path], *, report: Callable[[str, int], None], needed: bool, patient: bool
