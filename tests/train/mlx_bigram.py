@@ -66,7 +66,7 @@ def make_step(
     optimizer: str = "adamw",
     loss: StageLoss | None = None,
     draws: Any = None,
-    group: Any = None,
+    ranks: Any = None,
     notify: Any = lambda message: None,
     **settings: Any,
 ) -> MlxStep:
@@ -87,6 +87,6 @@ def make_step(
         load_model=lambda m, directory: m.load_weights(str(Path(directory, "model.safetensors"))) and None,
         loss=loss,
         draws=draws,
-        group=group,
+        ranks=ranks,
         notify=notify,
     )

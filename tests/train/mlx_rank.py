@@ -18,6 +18,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from anarcho_train import StepMetrics, StepSchedule, TrainingDraws
+from anarcho_train.steps.mlx_ranks import MlxRanks
 from mlx_bigram import Noisy, make_step
 
 MICRO = 2
@@ -31,18 +32,17 @@ def share(rows: dict[str, np.ndarray], rank: int, size: int) -> list[Any]:
     return [SimpleNamespace(**part, positions=None, segments=None) for part in parts]
 
 
-def train(rows: dict[str, np.ndarray], *, group: Any, after_first=lambda: None) -> tuple[Any, list[StepMetrics]]:
+def train(rows: dict[str, np.ndarray], *, ranks: MlxRanks, after_first=lambda: None) -> tuple[Any, list[StepMetrics]]:
     """Four steps, the third of them with a weight of the last row that is no number."""
     mx.random.seed(0)
-    step = make_step(Noisy(), draws=TrainingDraws(seed=2, dim=8, neftune_alpha=3.0), group=group)
-    rank, size = (group.rank(), group.size()) if group else (0, 1)
+    step = make_step(Noisy(), draws=TrainingDraws(seed=2, dim=8, neftune_alpha=3.0), ranks=ranks)
     metrics = []
     for number in range(4):
         given = {name: array.copy() for name, array in rows.items()}
         if number == 2:
             given["weights"][-1, 0] = np.nan
         schedule = StepSchedule(lr_scale=1 / (number + 1), number=number)
-        metrics.append(step.train(share(given, rank, size), schedule=schedule))
+        metrics.append(step.train(share(given, ranks.rank, ranks.size), schedule=schedule))
         if number == 0:
             after_first()
     return step.model, metrics
@@ -51,16 +51,15 @@ def train(rows: dict[str, np.ndarray], *, group: Any, after_first=lambda: None) 
 def main() -> None:
     directory = Path(sys.argv[1])
     mode = "".join(sys.argv[2:])
-    group = None if mode == "alone" else mx.distributed.init(strict=True, backend="ring")
-    rank = group.rank() if group else 0
-    lost = mode == "lost" and rank == 1
+    ranks = MlxRanks(None if mode == "alone" else mx.distributed.init(strict=True, backend="ring"))
+    lost = mode == "lost" and ranks.rank == 1
     with np.load(directory / "rows.npz") as file:
         rows = dict(file)
     model, metrics = train(
-        rows, group=group, after_first=lambda: os.kill(os.getpid(), signal.SIGKILL) if lost else None
+        rows, ranks=ranks, after_first=lambda: os.kill(os.getpid(), signal.SIGKILL) if lost else None
     )
-    model.save_weights(str(directory / f"rank-{rank}.safetensors"))
-    (directory / f"rank-{rank}.json").write_text(json.dumps([asdict(m) for m in metrics]))
+    model.save_weights(str(directory / f"rank-{ranks.rank}.safetensors"))
+    (directory / f"rank-{ranks.rank}.json").write_text(json.dumps([asdict(m) for m in metrics]))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,39 @@
 """Several processes that train one model together, each with the whole model and a share of every step's samples.
 
-Notable: this is all that the loop knows of them, so it is the same over MLX, over PyTorch and alone. Whatever could differ between ranks (a
-signal, data that is not there yet, memory that runs out) is told to all with `Ranks.gathered` and decided by each from the same numbers.
+Notable: this is all that is known of them outside a framework, so it is the same over MLX, over PyTorch and alone. Whatever could differ
+between ranks (a signal, data that is not there yet, memory that runs out) is told to all with `Ranks.gathered` and decided by each from
+the same numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
+BEAT_SECONDS = 1.0
+"""How often ranks that wait for the first hear from it."""
+
+_WORKING, _DONE, _FAILED = 0.0, 1.0, 2.0
+_STATES = ("ready", "waiting", "ended", "failed")
+
 
 class RankLost(ConnectionError):
     """Another process of the run has ended or cannot be reached any more."""
+
+
+class RanksDiffer(ValueError):
+    """The processes of a run cannot train together; every one of them raises it, with the same sentence."""
+
+
+class RankFailed(ValueError):
+    """Another process of the run ends it, and says itself why."""
 
 
 class Ranks(Protocol):
@@ -43,3 +63,118 @@ class Alone:
     def gathered(self, values: Sequence[float]) -> np.ndarray:
         """Its own values, float64 (1, values)."""
         return np.array([values], dtype=np.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """What all ranks know before a step."""
+
+    stop: int | None
+    """Number of a signal that some rank has received."""
+    state: str
+    """`ready` where all have their samples; `waiting` where one has not, `ended` or `failed` where one never will have."""
+    tokens: int
+    """Tokens of the step, over all ranks."""
+
+    @classmethod
+    def agreed(cls, ranks: Ranks, *, stop: int | None, state: str, tokens: int) -> Turn:
+        """Made of what each rank says, in one exchange."""
+        told = ranks.gathered([stop or 0, _STATES.index(state), tokens])
+        number, state_number = (int(value) for value in told[:, :2].max(axis=0))
+        return cls(stop=number or None, state=_STATES[state_number], tokens=int(told[:, 2].sum()))
+
+
+def share(samples: int, ranks: Ranks) -> int:
+    """How many of a step's samples each rank takes; raises ValueError where they cannot be shared evenly."""
+    if samples % ranks.size:
+        fits = [size for size in range(1, samples + 1) if samples % size == 0]
+        nearest = min(fits, key=lambda size: abs(size - ranks.size))
+        raise RanksDiffer(
+            f"a step has {samples} samples, which {ranks.size} processes cannot share evenly; start {nearest} of them, or change "
+            "train.batch_tokens in a new run"
+        )
+    return samples // ranks.size
+
+
+def require_equal(ranks: Ranks, facts: Mapping[str, str]) -> None:
+    """Raises `RanksDiffer` where the ranks do not say the same of themselves; ``facts`` is {what it is called: its value}."""
+    names = ranks.gathered([_digest("\n".join(facts))])[:, 0]
+    if (names != names[0]).any():
+        raise RanksDiffer("the processes of this run are of different versions; install the same one on all machines")
+    values = ranks.gathered([_digest(value) for value in facts.values()])
+    differing = values != values[0]
+    if not differing.any():
+        return
+    others = ", ".join(str(rank) for rank in np.flatnonzero(differing.any(axis=1)))
+    what = ", ".join(name for name, differs in zip(facts, differing.any(axis=0), strict=True) if differs)
+    raise RanksDiffer(
+        f"the processes of this run do not agree on: {what} (rank 0 has another value than rank {others}); start all of them with the same "
+        "command line and the same versions, on one shared run directory"
+    )
+
+
+def told(ranks: Ranks, text: str) -> str:
+    """The text that rank 0 gives, on every rank."""
+    if ranks.size == 1:
+        return text
+    own = text.encode()
+    length = int(ranks.gathered([len(own)])[0, 0])
+    padded = (own if ranks.rank == 0 else b"").ljust(length + 1)
+    return bytes(ranks.gathered(list(padded))[0].astype(np.uint8))[:length].decode()
+
+
+@contextmanager
+def after_first(ranks: Ranks, *, beat_seconds: float = BEAT_SECONDS) -> Iterator[None]:
+    """Lets rank 0 do the work of the block while the others wait before theirs, however long that takes.
+
+    Rank 0 is heard of all the while, so each notices the loss of the other. Where rank 0's block fails, the others raise `RankFailed`.
+    """
+    if ranks.size == 1:
+        yield
+    elif ranks.rank:
+        while (state := ranks.gathered([_WORKING])[0, 0]) == _WORKING:
+            time.sleep(0.95 * beat_seconds)  # A little less than until the next beat: exchanges are waited for busily.
+        if state == _FAILED:
+            raise RankFailed("the first process of this run has ended it; its own message says why")
+        yield
+    else:
+        beat = _Beat(lambda: ranks.gathered([_WORKING]), seconds=beat_seconds)
+        try:
+            yield
+        except BaseException:
+            if beat.stopped() is None:
+                ranks.gathered([_FAILED])
+            raise
+        if error := beat.stopped():
+            raise error
+        ranks.gathered([_DONE])
+
+
+class _Beat:
+    """Calls a function again and again, in a thread of its own, until `stopped`."""
+
+    def __init__(self, function: Callable[[], object], *, seconds: float) -> None:
+        self._function, self._seconds = function, seconds
+        self._end = threading.Event()
+        self._error: RankLost | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def stopped(self) -> RankLost | None:
+        """Ends the calls, and returns what they have failed with."""
+        self._end.set()
+        self._thread.join()
+        return self._error
+
+    def _run(self) -> None:
+        while not self._end.wait(self._seconds):
+            try:
+                self._function()
+            except RankLost as error:
+                self._error = error
+                return
+
+
+def _digest(text: str) -> float:
+    """48 bits of a hash, which a float holds exactly."""
+    return float(int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big"))

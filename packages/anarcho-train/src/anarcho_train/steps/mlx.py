@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,14 +28,18 @@ from safetensors import safe_open
 from anarcho_train.config import TrainConfig
 from anarcho_train.interfaces import Draws
 from anarcho_train.losses.mlx import NextTokenLoss, answer_logprobs
+from anarcho_train.out_of_memory import guarded
+from anarcho_train.ranks import RankLost
 from anarcho_train.step import Batch, LossSum, StepMetrics, StepSchedule
 from anarcho_train.steps.files import OPTIMIZER_FILE, RUNTIME_FILE
-from anarcho_train.steps.mlx_ranks import gathered, sum_over_ranks
+from anarcho_train.steps.mlx_memory import RandomState, agreed_memory, is_whole
+from anarcho_train.steps.mlx_ranks import MlxRanks
 from anarcho_train.steps.mlx_state import (
     generator_state,
     load_optimizer,
     optimizer_arrays,
     param_groups,
+    reset_optimizer,
     set_generator_state,
     write_arrays,
 )
@@ -114,7 +119,10 @@ class MlxStep:
     out, of the next token. ``draws`` are what is random in training, and never in an evaluation. ``flops`` is the work of the whole
     run, for `resolve_compile`. ``notify`` receives one sentence whenever something is worth telling a person.
 
-    With a ``group`` of several ranks, each is given its own share of a step's micro-batches, rank 0 the first: gradients, losses and
+    ``begin`` gives the model the weights with which the training began, for `restart`. Where memory runs out, `train`, `evaluate`,
+    `answer_logprobs` and `save` raise `anarcho_train.OutOfMemory`, `train` in all ranks: the cache is empty, the generator as before.
+
+    With several ``ranks``, each is given its own share of a step's micro-batches, rank 0 the first: gradients, losses and
     weights are summed over the ranks and divided once by the weight of them all, so every rank makes the same update and reports the
     same metrics. Evaluations stay with the rank that asks.
     """
@@ -129,8 +137,9 @@ class MlxStep:
         load_model: Callable[[nn.Module, Path], None],
         loss: StageLoss | None = None,
         draws: Draws | None = None,
+        begin: Callable[[nn.Module], None] | None = None,
         flops: float = 0.0,
-        group: mx.distributed.Group | None = None,
+        ranks: MlxRanks | None = None,
         notify: Callable[[str], None] = lambda message: None,
     ) -> None:
         self.model = model
@@ -144,7 +153,7 @@ class MlxStep:
         self._save_model, self._load_model, self._notify = save_model, load_model, notify
         self._draws = draws
         self._loss: StageLoss = NextTokenLoss() if loss is None else loss
-        self._group = group
+        self._ranks = ranks or MlxRanks()
         self._scale = LossScale() if self.precision == mx.float16 else None
         self._token_logprobs: Callable[..., mx.array] = model.token_logprobs  # type: ignore[assignment]
         self._accepted = inspect.signature(self._token_logprobs).parameters
@@ -154,30 +163,42 @@ class MlxStep:
             param_group.setdefault("initial_lr", param_group["lr"])
         names = [_group_name(index, param_group) for index, param_group in enumerate(self._param_groups)]
         self._members = members(model, self._param_groups, names)
+        self._begin, self._first_random, self._updating = begin, RandomState(), False
         self._shapes: set[Any] = set()
         self._told_of_shapes = False
         self._compile()
 
     def train(self, micro_batches: Sequence[Batch], *, schedule: StepSchedule) -> StepMetrics:
         """One update; the gradient is that of the mean loss over the weight of all micro-batches, of all ranks, together."""
+        return self._guarded(lambda: self._train(micro_batches, schedule=schedule))
+
+    def _train(self, micro_batches: Sequence[Batch], *, schedule: StepSchedule) -> StepMetrics:
         own = float(sum(self._loss.weight(batch) for batch in micro_batches))
-        shares = gathered([own, sum(len(batch.tokens) for batch in micro_batches)], self._group)
+        shares = self._ranks.gathered([own, sum(len(batch.tokens) for batch in micro_batches)])
         weight = float(shares[:, 0].sum())
-        first_row = int(shares[: self._group.rank() if self._group else 0, 1].sum())
+        first_row = int(shares[: self._ranks.rank, 1].sum())
         rates = self._apply(schedule)
         scale = self._scale.scale if self._scale else 1.0
         factor = scale / weight if weight else math.nan  # A step without any weight has no mean.
-        gradients, total = self._accumulate(micro_batches, factor, number=schedule.number, first_row=first_row)
-        sum_over_ranks(gradients, self._group)
-        total = self._summed(total, weight)
+        with agreed_memory(self._ranks):
+            gradients, sums = self._accumulate(micro_batches, factor, number=schedule.number, first_row=first_row)
+            if self._ranks.size > 1:
+                mx.eval(gradients, sums)
+        self._ranks.sum(gradients)
         grad_norm = _number(self._norm(gradients, mx.array(1 / scale)))
+        total = self._summed(sum(map(self._sums, micro_batches, sums), LossSum()), weight)
         finite = math.isfinite(total.loss) and math.isfinite(grad_norm)
-        sizes = UpdateSizes(self.model, self._members) if finite and schedule.measure_update else None
-        if finite:
+        updated = finite and weight > 0 and (schedule.max_loss is None or total.loss / weight <= schedule.max_loss)
+        sizes = UpdateSizes(self.model, self._members) if updated and schedule.measure_update else None
+        if updated:
             clipping = min(1.0, self._grad_clip / (grad_norm + 1e-6)) if self._grad_clip else 1.0
-            self._update(gradients, mx.array(clipping / scale))
-            del gradients  # Its memory serves the evaluation.
-            mx.eval(self.model.parameters(), self.optimizer.state)
+            self._updating = True
+            # A rank that is lost here is missed at the next exchange, when this step has been counted.
+            with suppress(RankLost), agreed_memory(self._ranks):
+                self._update(gradients, mx.array(clipping / scale))
+                # Its memory serves the evaluation, and the update goes on while the next step is put together.
+                del gradients
+                mx.async_eval(self.model.parameters(), self.optimizer.state)
         if self._scale:
             self._scale.update(finite=finite)
         return StepMetrics(
@@ -186,26 +207,33 @@ class MlxStep:
             grad_norm=grad_norm,
             learning_rates=rates,
             update_ratios=sizes.ratios() if sizes else {},
-            skipped=not finite,
+            skipped=not updated,
             measures=total.means() if weight else dict.fromkeys(total.measures, math.nan),
         )
 
     def evaluate(self, batch: Batch) -> LossSum:
         """The summed loss of a batch."""
-        # What the batch lacks is to be found before the model has worked on it.
-        arrays = _arrays(self._loss.arrays(batch))
-        loss, measures = self._loss(self._logprobs(batch), arrays)
-        return self._sums(batch, {"loss": loss, **measures})
+
+        def sums() -> LossSum:
+            # What the batch lacks is to be found before the model has worked on it.
+            arrays = _arrays(self._loss.arrays(batch))
+            loss, measures = self._loss(self._logprobs(batch), arrays)
+            return self._sums(batch, {"loss": loss, **measures})
+
+        return self._guarded(sums)
 
     def answer_logprobs(self, batch: Batch) -> np.ndarray:
         """The log-probability of each row's counted targets, ``sum(weights * logprobs)``, float32 (rows,), in nats.
 
         Of a model that is not trained yet these are the reference's, in the very arithmetic of the training.
         """
-        return np.array(answer_logprobs(self._logprobs(batch), mx.array(batch.weights)))
+        return self._guarded(lambda: np.array(answer_logprobs(self._logprobs(batch), mx.array(batch.weights))))
 
     def save(self, directory: Path) -> None:
         """Writes the model's files, the optimizer's state and the random state into ``directory``; OSError where they find no room."""
+        self._guarded(lambda: self._write(directory))
+
+    def _write(self, directory: Path) -> None:
         self._save_model(self.model, directory)
         write_arrays(directory / OPTIMIZER_FILE, optimizer_arrays(self.optimizer, self.model))
         write_arrays(directory / RUNTIME_FILE, self._runtime_arrays())
@@ -222,6 +250,26 @@ class MlxStep:
                 self._scale.scale = float(file.get_tensor("loss_scale"))
                 self._scale.growth_tracker = int(file.get_tensor("growth_tracker"))
         mx.eval(self.model.parameters(), self.optimizer.state)
+
+    def restart(self) -> None:
+        """Back to before the first step; raises ValueError where ``begin`` was not given."""
+        if self._begin is None:
+            raise ValueError("the step was not told with which weights the training began; start the run again")
+        self._begin(self.model)
+        reset_optimizer(self.optimizer, self.model)
+        self._scale = LossScale() if self._scale else None
+        self._first_random.restore()
+        mx.eval(self.model.parameters(), self.optimizer.state)
+
+    def _guarded(self, work: Callable[[], Any]) -> Any:
+        random, self._updating = RandomState(), False
+
+        def recover() -> bool:
+            random.restore()
+            mx.clear_cache()
+            return self._updating or not is_whole(self.model.parameters(), self.optimizer.state)
+
+        return guarded(work, recover=recover)
 
     def _compile(self) -> None:
         """The functions of a step; what they read besides their arguments is declared, so that its changes are seen."""
@@ -297,17 +345,20 @@ class MlxStep:
 
     def _accumulate(
         self, micro_batches: Sequence[Batch], factor: float, *, number: int, first_row: int
-    ) -> tuple[Any, LossSum]:
-        total, gradients = LossSum(), None
+    ) -> tuple[Any, list[dict[str, mx.array]]]:
+        """The gradient of all micro-batches, and what was measured on each; both are still being computed."""
+        gradients: Any = None
+        measured: list[dict[str, mx.array]] = []
         for batch in micro_batches:
+            mx.eval(measured, gradients)  # The activations of one micro-batch are gone before those of the next come.
             arrays = _arrays(self._loss.arrays(batch))
             draws = self._draws(batch, step=number, first_row=first_row) if self._draws else {}
             first_row += len(batch.tokens)
             inputs = self._inputs(batch, draws)
             sums, gradients = self._function("gradients", inputs)(inputs, arrays, mx.array(factor), gradients)
-            mx.eval(sums, gradients)
-            total += self._sums(batch, sums)
-        return gradients, total
+            measured.append(sums)
+        mx.async_eval(measured, gradients)
+        return gradients, measured
 
     def _logprobs(self, batch: Batch) -> mx.array:
         inputs = self._inputs(batch, {})
@@ -334,7 +385,7 @@ class MlxStep:
     def _summed(self, total: LossSum, weight: float) -> LossSum:
         """The sum over the ranks, whose weights together are ``weight``."""
         names = sorted(total.measures)
-        shares = gathered([total.loss, *(total.measures[name] for name in names)], self._group)
+        shares = self._ranks.gathered([total.loss, *(total.measures[name] for name in names)])
         loss, *measures = shares.sum(axis=0).tolist()
         return LossSum(loss=loss, weight=weight, measures=dict(zip(names, measures, strict=True)))
 
@@ -362,8 +413,8 @@ def _set_precision(model: nn.Module, name: str, device: mx.Device) -> mx.Dtype:
 def _global_norm(gradients: Any, unscale: mx.array) -> mx.array:
     """The 2-norm of all gradients together, each multiplied by ``unscale`` first."""
     flat: dict[str, mx.array] = dict(tree_flatten(gradients))
-    squares = [mx.square(gradient * unscale).sum() for gradient in flat.values()]
-    return mx.sqrt(mx.stack(squares).sum())
+    squares = [mx.square(gradient).sum() for gradient in flat.values()]
+    return mx.sqrt(mx.stack(squares).sum()) * unscale
 
 
 def _number(scalar: mx.array) -> float:

@@ -54,6 +54,12 @@ class _WholeOptimizer(dict[str, Any]):
             self._optimizer.learning_rate = value
 
 
+def reset_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
+    """Sets the optimizer's arrays to what they are before its first step: zeros."""
+    for container, key in _places(optimizer, model).values():
+        container[key] = mx.zeros_like(container[key])
+
+
 def _places(optimizer: Optimizer, model: nn.Module) -> dict[str, tuple[Any, Any]]:
     """Where the arrays that are saved lie: the container in the optimizer's state, and the key there, by canonical name."""
     parameters: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
