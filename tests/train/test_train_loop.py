@@ -97,7 +97,7 @@ def test_early_stopping_ends_the_run_with_a_checkpoint_and_keeps_the_best(make_l
     run = make_loop(steps=100, patience=2, eval_every=2, checkpoint_every=0, keep_last=1)
     losses = iter([3.0, 2.0, 2.5, 2.4, 1.0])
     run.loop.step.evaluate = lambda batch: LossSum(loss=next(losses) * 24, weight=24.0)
-    run.loop.validation.batches = lambda size, max_windows=None: iter([None])
+    run.loop.validation.batches = lambda size, max_windows=None: iter([CountingText().rows(range(1))])
     result = run.loop.run()
     assert result.step == 8
     assert result.best_step == 4
@@ -110,7 +110,7 @@ def test_a_run_that_stopped_early_stays_stopped_when_it_is_resumed(make_loop):
     first = make_loop(steps=100, patience=1, eval_every=2, checkpoint_every=0)
     losses = iter([2.0, 3.0])
     first.loop.step.evaluate = lambda batch: LossSum(loss=next(losses) * 24, weight=24.0)
-    first.loop.validation.batches = lambda size, max_windows=None: iter([None])
+    first.loop.validation.batches = lambda size, max_windows=None: iter([CountingText().rows(range(1))])
     stopped = first.loop.run()
     assert stopped.step == 4
     again = make_loop(steps=100, patience=1, eval_every=2, checkpoint_every=0)

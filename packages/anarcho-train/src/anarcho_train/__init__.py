@@ -7,6 +7,8 @@ from anarcho_train.checkpoint import CheckpointError, CheckpointInfo, Checkpoint
 from anarcho_train.config import PreferenceConfig, TrainConfig
 from anarcho_train.draws import TrainingDraws
 from anarcho_train.loop import Loop, TrainResult
+from anarcho_train.micro_batch import LinearPeak, MicroBatches, divisors, next_smaller
+from anarcho_train.out_of_memory import OutOfMemory
 from anarcho_train.ranks import Alone, RankLost, Ranks
 from anarcho_train.recovery import RecoveryConfig, TrainingDiverged
 from anarcho_train.reference import ReferenceCache, ReferenceCacheError, ReferencedTraining, ReferencedValidation
@@ -21,8 +23,11 @@ __all__ = [
     "CheckpointError",
     "CheckpointInfo",
     "CheckpointStore",
+    "LinearPeak",
     "Loop",
     "LossSum",
+    "MicroBatches",
+    "OutOfMemory",
     "PreferenceConfig",
     "RankLost",
     "Ranks",
@@ -40,7 +45,9 @@ __all__ = [
     "TrainResult",
     "TrainingDiverged",
     "TrainingDraws",
+    "divisors",
     "evaluate",
     "free_bytes",
     "lock_run",
+    "next_smaller",
 ]

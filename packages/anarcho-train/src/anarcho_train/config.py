@@ -23,8 +23,10 @@ class TrainConfig:
     """Tokens per optimizer step, over all micro-batches; a multiple of the sequence length."""
     sequence_length: int | None = None
     """Tokens per training sequence; left out, the model's context length."""
-    micro_batch: int = 1
-    """Sequences that go through the model at once; changes memory and speed, never the gradient's meaning."""
+    micro_batch: int | Literal["auto"] = 1
+    """Sequences that go through the model at once; changes memory and speed, never the gradient's meaning.
+
+    `auto` is the largest number that memory has room for and that is of use, found before the first step."""
     grad_clip: float = 1.0
     """Largest global norm of the gradient; 0 turns clipping off."""
     eval_every: int = 250
@@ -49,16 +51,26 @@ class TrainConfig:
     """Whether the model runs through torch.compile; `auto` compiles where it pays for itself over the run.
 
     On a CPU with several threads a compiled run is not repeatable to the last bit; an uncompiled one is."""
-    gradient_checkpointing: bool = False
-    """Whether each block's activations are computed again in the backward pass instead of being kept."""
+    gradient_checkpointing: bool | Literal["auto"] = False
+    """Whether each block's activations are computed again in the backward pass instead of being kept.
+
+    `auto` does so where a useful number of sequences would not fit otherwise, found before the first step."""
     neftune_alpha: float = 0.0
     """Noise on the embeddings while a model is tuned on conversations (NEFTune), usually 5 to 15; 0 adds none.
 
     It is uniform in `±alpha / sqrt(L * dim)`, for conversations of L tokens."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.micro_batch, str) and self.micro_batch != "auto":
+            raise ValueError(
+                f"train.micro_batch is {self.micro_batch!r}; expected a whole number of at least 1, or 'auto'"
+            )
+        if self.gradient_checkpointing not in (True, False, "auto"):
+            raise ValueError(
+                f"train.gradient_checkpointing is {self.gradient_checkpointing!r}; expected true, false or 'auto'"
+            )
         for name in ("steps", "batch_tokens", "micro_batch", "keep_last", "log_every"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) != "auto" and getattr(self, name) < 1:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; expected a whole number of at least 1")
         for name in ("sequence_length", "eval_tokens"):
             value = getattr(self, name)
@@ -86,6 +98,15 @@ class TrainConfig:
         # Rounded, because 0.1 * 30 is 3.0000000000000004.
         return max(1, math.ceil(round(self.epochs * samples_per_epoch, 6) / samples_per_step))
 
+    @property
+    def fixed_micro_batch(self) -> int:
+        """`micro_batch` as a number; raises ValueError where it is yet to be found."""
+        if self.micro_batch == "auto":
+            raise ValueError(
+                "train.micro_batch is 'auto', which is to be found before the training begins; expected a number here"
+            )
+        return self.micro_batch
+
     def batch_sequences(self, sequence_length: int) -> int:
         """Sequences of ``sequence_length`` tokens per optimizer step.
 
@@ -97,9 +118,10 @@ class TrainConfig:
                 f"use {max(1, round(self.batch_tokens / sequence_length)) * sequence_length}"
             )
         sequences = self.batch_tokens // sequence_length
-        if sequences % self.micro_batch:
+        if self.micro_batch != "auto" and sequences % self.micro_batch:
+            micro_batch = self.micro_batch
             divisors = [d for d in range(1, sequences + 1) if sequences % d == 0]
-            nearest = min(divisors, key=lambda d: abs(d - self.micro_batch))
+            nearest = min(divisors, key=lambda d: abs(d - micro_batch))
             raise ValueError(
                 f"train.micro_batch is {self.micro_batch}, which does not divide the {sequences} sequences of a step; use {nearest}"
             )

@@ -24,11 +24,13 @@ from anarcho_train.interfaces import (
     Unmeasured,
     ValidationBatches,
 )
+from anarcho_train.micro_batch import MicroBatches
+from anarcho_train.out_of_memory import OutOfMemory, advice
 from anarcho_train.ranks import Alone, Ranks
 from anarcho_train.recovery import Fault, Recovery, RecoveryConfig, TrainingDiverged
 from anarcho_train.saving import Saves, require_free
 from anarcho_train.signals import StopSignal
-from anarcho_train.step import Step, StepMetrics, StepSchedule
+from anarcho_train.step import Batch, LossSum, Step, StepMetrics, StepSchedule
 from anarcho_train.validation import bits_per_byte, total_loss
 
 WAIT_SECONDS = 0.02
@@ -84,6 +86,8 @@ class Loop:
     """Where samples are whole batches of changing shape: how many of them make a step, one going through the model at a time.
 
     Left out, samples are sequences of `sequence_length`, and the config says how many make a step and a micro-batch."""
+    micro_batch_tokens: int | None = None
+    """Most tokens of such a batch that go through the model at once; None is all of them, until memory runs out."""
     ranks: Ranks = field(default_factory=Alone)
     """The processes that train together."""
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
@@ -95,11 +99,19 @@ class Loop:
 
     def __post_init__(self) -> None:
         if self.samples_per_step is None:
-            self._per_step, self._micro = self.config.batch_sequences(self.sequence_length), self.config.micro_batch
+            self._per_step, size = self.config.batch_sequences(self.sequence_length), self.config.fixed_micro_batch
         elif self.samples_per_step < 1:
             raise ValueError(f"samples_per_step is {self.samples_per_step}; expected at least 1, or None")
         else:
-            self._per_step, self._micro = self.samples_per_step, 1
+            self._per_step, size = self.samples_per_step, 1
+        self._micro = MicroBatches(
+            samples=self._per_step,
+            length=self.sequence_length,
+            size=size,
+            whole=self.samples_per_step is not None,
+            tokens=self.micro_batch_tokens,
+        )
+        self._beginning = {"step": 0, "tokens": 0, "early_stopping": self.early_stopping.state_dict()}
         self._recovery = Recovery(self.recovery, samples_per_step=self._per_step, directory=self.checkpoints.directory)
         self._saves = Saves(limit=self.recovery.max_failed_saves)
         self._result = TrainResult(step=0, tokens=0)
@@ -111,6 +123,10 @@ class Loop:
         """Restores the state of ``checkpoint``; raises `CheckpointError` or ValueError if it does not fit."""
         state = self.checkpoints.read_state(checkpoint)
         self.step.load(checkpoint)
+        self._take_up(state, checkpoint)
+
+    def _take_up(self, state: Mapping[str, Any], checkpoint: Path | None) -> None:
+        self._micro.load_state(state)
         self.early_stopping.load_state_dict(state["early_stopping"])
         self._result = TrainResult(
             step=int(state["step"]),
@@ -129,11 +145,20 @@ class Loop:
 
     def run(self) -> TrainResult:
         """Trains up to the configured number of steps, or until early stopping or a signal, and returns how it ended."""
-        config = self.config
-        unreported: list[StepMetrics] = []
         self.throughput.begin(self._result.step)
         self._write("start", **self.facts)
         with StopSignal() as stop:
+            while not self._make_steps(stop):
+                pass
+            if stop.requested:
+                self._stop(stop)
+        return self._result
+
+    def _make_steps(self, stop: StopSignal) -> bool:
+        """Trains until the end or a signal; False where memory ran out in an update, so that the run went back to a whole state."""
+        config = self.config
+        unreported: list[StepMetrics] = []
+        try:
             while (result := self._result).step < config.steps and not self._finished and self._await_batch(stop):
                 metrics = self._train_step()
                 unreported.append(metrics)
@@ -154,9 +179,12 @@ class Loop:
                     self._event("early stopping: the validation loss has not improved for too long")
                 elif stop.requested:
                     break
-            if stop.requested:
-                self._stop(stop)
-        return self._result
+        except OutOfMemory as error:
+            if not error.torn:
+                raise
+            self._go_back(error)
+            return False
+        return True
 
     def _await_batch(self, stop: StopSignal) -> bool:
         """Waits until the next step's samples are there; False where a signal or the end of the data says to end the run.
@@ -198,21 +226,20 @@ class Loop:
         self._event(f"stopped by signal {stop.number}; the state is saved")
 
     def _train_step(self) -> StepMetrics:
-        result, micro = self._result, self._micro
-        first = self._recovery.first_sample(result.step)
-        with self.throughput.waiting():
-            try:
-                micro_batches = [self.batches.batch(first + i, micro) for i in range(0, self._per_step, micro)]
-            except (ValueError, OSError):  # Data that has come to harm: what was trained until now is not to be lost.
-                self._save(planned=False)
-                raise
-        tokens = sum(batch.tokens.size for batch in micro_batches)
+        result = self._result
         schedule = replace(
             self.schedule(result.step),
             measure_update=self._is_logged(result.step + 1),
             max_loss=self._recovery.max_loss,
         )
-        metrics = self.step.train(micro_batches, schedule=schedule)
+        while True:
+            micro_batches = self._read_step()
+            try:
+                metrics = self.step.train(micro_batches, schedule=schedule)
+                break
+            except OutOfMemory as error:
+                self._shrink(error, micro_batches, where=f"in step {result.step + 1}")
+        tokens = sum(batch.tokens.size for batch in micro_batches)
         self.throughput.finish_step(tokens)
         result.step += 1
         result.tokens += tokens
@@ -220,6 +247,15 @@ class Loop:
         result.validation_measures = {}
         result.validation_loss = result.bits_per_byte = self._compared_loss = None
         return metrics
+
+    def _read_step(self) -> list[Batch]:
+        first = self._recovery.first_sample(self._result.step)
+        with self.throughput.waiting():
+            try:
+                return self._micro.of(self.batches, first, self._per_step)
+            except (ValueError, OSError):  # Data that has come to harm: what was trained until now is not to be lost.
+                self._save(planned=False)
+                raise
 
     def _evaluate(self, validation: ValidationBatches, *, last: bool) -> bool:
         """Measures the validation loss and decides on early stopping; returns whether the loss is the best so far.
@@ -241,9 +277,10 @@ class Loop:
             total = total_loss(
                 self.step,
                 validation,
-                batch_size=self._micro,
+                batch_size=self._micro.size,
                 window_tokens=self.sequence_length if windowed else validation.num_tokens / validation.num_windows,
                 max_tokens=max_tokens,
+                measure=self._evaluate_batch,
             )
         loss, measures = total.loss / total.weight, total.means()
         bits = None if measures else bits_per_byte(total, validation)
@@ -251,6 +288,51 @@ class Loop:
         self._result.validation_measures = measures
         self._write("validation", loss=loss, **(measures or {"bits_per_byte": bits}))
         return loss
+
+    def _evaluate_batch(self, batch: Batch) -> LossSum:
+        while True:
+            parts = self._micro.parts(batch)
+            try:
+                return sum(map(self.step.evaluate, parts), LossSum())
+            except OutOfMemory as error:
+                self._shrink(error, parts, where=f"in the evaluation after step {self._result.step}", alone=True)
+
+    def _shrink(self, error: OutOfMemory, micro_batches: Sequence[Batch], *, where: str, alone: bool = False) -> None:
+        """Makes the micro-batches smaller after memory ran out; raises `OutOfMemory` where they cannot be, or the update was torn."""
+        told = [float(self._micro.shrink(micro_batches)), float(error.torn)]
+        smaller, torn = (told if alone else self.ranks.gathered(told).max(axis=0))[:2]
+        if not smaller:
+            if not torn:
+                self._save(planned=False, needed=True)
+            raise OutOfMemory(
+                f"memory ran out {where} even with the smallest micro-batch ({error}); {advice(self.config)}"
+            )
+        what = f"out of memory {where} ({error}); from now on, {self._micro} go through the model at once"
+        self._event(what, fault="memory", **self._micro.state())
+        if torn:
+            raise OutOfMemory(str(error), torn=True)
+
+    def _go_back(self, error: OutOfMemory) -> None:
+        """Restores the newest state that is whole, after an update that had begun; the same samples come again."""
+        failed = self._result.step
+        step = self._newest_step()
+        if step:
+            self.resume(self.checkpoints.path(step))
+        else:
+            self.step.restart()
+            self._take_up(self._beginning, None)
+        self.throughput.begin(step)
+        self._event(
+            f"went back from step {failed} to step {step}, as the update had begun when memory ran out ({error})",
+            fault="memory",
+            rolled_back_to=step,
+        )
+
+    def _newest_step(self) -> int:
+        """The step of the newest checkpoint, as the first rank finds it; 0 where there is none."""
+        path = self.checkpoints.latest_valid(notify=self._event) if self.ranks.rank == 0 else None
+        step = 0 if path is None else int(self.checkpoints.read_state(path)["step"])
+        return int(self.ranks.gathered([step])[0, 0])
 
     def _save(self, *, planned: bool = True, final: bool = False, needed: bool = False) -> None:
         """Writes a checkpoint, unless this very step has one or there is nothing to keep yet.
@@ -296,6 +378,7 @@ class Loop:
             "planned": planned,
             "recovery": self._recovery.state_dict(),
             "settings": self.settings,
+            **self._micro.state(),
         }
         if result.validation_measures:
             state["validation_measures"] = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -68,8 +69,9 @@ class Rows:
     @classmethod
     def of(cls, batch: Batch, first: int, stop: int) -> Rows:
         """Rows ``first`` to ``stop - 1``."""
-        arrays = {name: getattr(batch, name, None) for name in cls.__dataclass_fields__}
-        return cls(**{name: None if array is None else array[first:stop] for name, array in arrays.items()})
+        arrays: dict[str, Any] = {name: getattr(batch, name, None) for name in cls.__dataclass_fields__}
+        parts: dict[str, Any] = {name: None if array is None else array[first:stop] for name, array in arrays.items()}
+        return cls(**parts)
 
 
 class MicroBatches:
@@ -119,14 +121,19 @@ class MicroBatches:
         self.tokens = max(halves, default=self.tokens)
         return bool(halves)
 
+    def __str__(self) -> str:
+        if self.whole:
+            return "whole batches" if self.tokens is None else f"at most {self.tokens} tokens of a batch"
+        return f"{self.size} of {self.samples} sequences"
+
     def state(self) -> dict[str, int]:
         """What a checkpoint keeps of it."""
         return {} if self.tokens is None else {"micro_batch_tokens": self.tokens}
 
     def load_state(self, state: Mapping[str, object]) -> None:
-        """Restores `state`; where there is none, or of steps that are made of other samples, all stays as it is."""
+        """Takes up a smaller size from `state`; where there is none, or steps were made of other samples, all stays as it is."""
         tokens = state.get("micro_batch_tokens")
-        if not isinstance(tokens, int) or tokens < 1:
+        if not isinstance(tokens, int) or tokens < 1 or (self.tokens is not None and tokens > self.tokens):
             return
         size, rest = divmod(tokens, self.length)
         if self.whole or (rest == 0 and size and self.samples % size == 0):

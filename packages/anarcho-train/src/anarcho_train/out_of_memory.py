@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Callable
 from typing import TypeVar
 
+from anarcho_train.config import TrainConfig
+
 Result = TypeVar("Result")
 
 TEXTS = (
@@ -58,6 +60,12 @@ def reason(error: BaseException) -> str:
     """What the framework says, in one line of bounded length; the frames of the error are cleared."""
     traceback.clear_frames(error.__traceback__)
     return (" ".join(str(error).split()) or type(error).__name__)[:200]
+
+
+def advice(config: TrainConfig) -> str:
+    """What a run can do that has found no memory for a single sequence."""
+    checkpointing = "" if config.gradient_checkpointing is True else "train.gradient_checkpointing = true, "
+    return f"try {checkpointing}a shorter train.sequence_length or a smaller model; the state is saved where there was one to save"
 
 
 def guarded(work: Callable[[], Result], *, recover: Callable[[], bool]) -> Result:

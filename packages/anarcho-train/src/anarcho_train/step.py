@@ -101,7 +101,10 @@ class LossSum:
 
 
 class Step(Protocol):
-    """One framework's model, optimizer and random state behind four verbs."""
+    """One framework's model, optimizer and random state behind five verbs.
+
+    Where memory runs out, they raise `anarcho_train.OutOfMemory`, and may be called again with less.
+    """
 
     def train(self, micro_batches: Sequence[Batch], *, schedule: StepSchedule) -> StepMetrics:
         """One optimizer update from the micro-batches of one global batch."""
@@ -117,4 +120,8 @@ class Step(Protocol):
 
     def load(self, directory: Path) -> None:
         """Restores what `save` wrote; raises ValueError where it does not fit."""
+        ...
+
+    def restart(self) -> None:
+        """Restores the state before the first step; raises ValueError where it is not known."""
         ...

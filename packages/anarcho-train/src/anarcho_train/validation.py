@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from anarcho_train.interfaces import ValidationBatches
-from anarcho_train.step import LossSum, Step
+from anarcho_train.step import Batch, LossSum, Step
 
 
 def evaluate(
@@ -21,16 +22,23 @@ def evaluate(
 
 
 def total_loss(
-    step: Step, validation: ValidationBatches, *, batch_size: int, window_tokens: float, max_tokens: int | None = None
+    step: Step,
+    validation: ValidationBatches,
+    *,
+    batch_size: int,
+    window_tokens: float,
+    max_tokens: int | None = None,
+    measure: Callable[[Batch], LossSum] | None = None,
 ) -> LossSum:
     """The loss and measures of the validation data, as sums.
 
-    ``max_tokens`` limits it to windows (or batches) of ``window_tokens`` spread evenly over the data; None reads all.
+    ``max_tokens`` limits it to windows (or batches) of ``window_tokens`` spread evenly over the data; None reads all. ``measure`` stands
+    in for ``step.evaluate``.
     """
     windows = None if max_tokens is None else max(1, int(max_tokens // window_tokens))
     total = LossSum()
     for batch in validation.batches(batch_size, max_windows=windows):
-        total += step.evaluate(batch)
+        total += (measure or step.evaluate)(batch)
     return total
 
 
