@@ -23,6 +23,7 @@ from anarcho_cli.commands import (
     import_,
     pipeline,
     pretrain,
+    report,
     serve,
     tokenizer,
     tune,
@@ -47,6 +48,7 @@ app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
 app.command("eval")(evaluate.evaluate)
+app.command("report")(report.report)
 app.command("import")(import_.import_)
 app.command("export")(export.export)
 app.add_typer(tokenizer.app, name="tokenizer")

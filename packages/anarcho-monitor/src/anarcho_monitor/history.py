@@ -66,7 +66,10 @@ class RunHistory:
     def __init__(self, records: Iterable[Mapping[str, Any]]) -> None:
         self.records = [dict(record) for record in records]
         gone = superseded(self.records)
-        self._gone = gone
+        self._curves: dict[tuple[str, str], Curve] = {}
+        self._by_kind: dict[str, list[tuple[dict[str, Any], bool]]] = {}
+        for record, lost in zip(self.records, gone, strict=True):
+            self._by_kind.setdefault(record["kind"], []).append((record, lost))
         self.survivors = [record for record, lost in zip(self.records, gone, strict=True) if not lost]
         """Records that belong to the run as it is now."""
 
@@ -77,7 +80,7 @@ class RunHistory:
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         """The surviving records of a kind."""
-        return [record for record in self.survivors if record["kind"] == kind]
+        return [record for record, lost in self._by_kind.get(kind, ()) if not lost]
 
     def last(self, kind: str, name: str) -> float | None:
         """The newest finite or non-finite number of a quantity; None where there is none."""
@@ -87,22 +90,26 @@ class RunHistory:
     def names(self, kind: str) -> list[str]:
         """The names of all quantities in records of a kind, in the order of their first appearance."""
         names: dict[str, None] = {}
-        for record in self.records:
-            if record["kind"] == kind:
-                names |= {
-                    name: None
-                    for name, value in record.items()
-                    if name not in _OWN_FIELDS and number_from_json(value) is not None
-                }
+        for record, _ in self._by_kind.get(kind, ()):
+            if record.keys() <= names.keys() | _OWN_FIELDS:
+                continue
+            for name, value in record.items():
+                if name not in _OWN_FIELDS and number_from_json(value) is not None:
+                    names[name] = None
         return list(names)
 
     def curve(self, kind: str, name: str) -> Curve:
         """The values of a quantity in records of a kind."""
+        if (kind, name) not in self._curves:
+            self._curves[kind, name] = self._read_curve(kind, name)
+        return self._curves[kind, name]
+
+    def _read_curve(self, kind: str, name: str) -> Curve:
         points: dict[int, Point] = {}
         abandoned: list[list[Point]] = []
         attempt = None  # Of the newest abandoned point.
-        for record, lost in zip(self.records, self._gone, strict=True):
-            value = number_from_json(record.get(name)) if record["kind"] == kind else None
+        for record, lost in self._by_kind.get(kind, ()):
+            value = number_from_json(record.get(name))
             if value is None:
                 continue
             point = Point(record["step"], record["tokens"], value)
