@@ -24,9 +24,9 @@ from anarcho_train.interfaces import (
     Unmeasured,
     ValidationBatches,
 )
-from anarcho_train.micro_batch import MicroBatches
+from anarcho_train.micro_batch import MicroBatches, largest_fitting
 from anarcho_train.out_of_memory import OutOfMemory, advice
-from anarcho_train.ranks import Alone, Ranks
+from anarcho_train.ranks import Alone, RankFailed, RankLost, Ranks, Turn, share
 from anarcho_train.recovery import Fault, Recovery, RecoveryConfig, TrainingDiverged
 from anarcho_train.saving import Saves, require_free
 from anarcho_train.signals import StopSignal
@@ -89,11 +89,15 @@ class Loop:
     micro_batch_tokens: int | None = None
     """Most tokens of such a batch that go through the model at once; None is all of them, until memory runs out."""
     ranks: Ranks = field(default_factory=Alone)
-    """The processes that train together."""
+    """The processes that train together; only the first writes anything, into ``sink`` as well."""
+    inherits: Callable[[], bool] = lambda: True
+    """Asked where another process was lost: whether this one may write the state that is left."""
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     """What is done about faults."""
     settings: dict[str, Any] = field(default_factory=dict)
     """The configuration as JSON values, which each checkpoint keeps."""
+    announcements: list[dict[str, Any]] = field(default_factory=list)
+    """Events of the beginning of this attempt: a ``message`` each, and further values."""
     checkpoint_bytes: int = 0
     """What a checkpoint takes on the disk, about; no smaller space is begun to be filled."""
 
@@ -104,10 +108,11 @@ class Loop:
             raise ValueError(f"samples_per_step is {self.samples_per_step}; expected at least 1, or None")
         else:
             self._per_step, size = self.samples_per_step, 1
+        self._share = share(self._per_step, self.ranks)
         self._micro = MicroBatches(
-            samples=self._per_step,
+            samples=self._share,
             length=self.sequence_length,
-            size=size,
+            size=largest_fitting(size, sequences=self._share),
             whole=self.samples_per_step is not None,
             tokens=self.micro_batch_tokens,
         )
@@ -118,6 +123,16 @@ class Loop:
         self._compared_loss: float | None = None
         self._finished = False
         self._saved_step: int | None = None
+        self._agreed_stop: int | None = None
+        self._own: list[Batch] = []
+        self._tokens = 0
+        self._whole, self._concluded = True, True
+        """Whether model and counters are of one step, and whether all is done that is due after it."""
+
+    @property
+    def micro_batch(self) -> str:
+        """What goes through the model at once, in words."""
+        return str(self._micro)
 
     def resume(self, checkpoint: Path) -> None:
         """Restores the state of ``checkpoint``; raises `CheckpointError` or ValueError if it does not fit."""
@@ -126,7 +141,7 @@ class Loop:
         self._take_up(state, checkpoint)
 
     def _take_up(self, state: Mapping[str, Any], checkpoint: Path | None) -> None:
-        self._micro.load_state(state)
+        self._micro.load_state(state.get("micro_batch", {}))
         self.early_stopping.load_state_dict(state["early_stopping"])
         self._result = TrainResult(
             step=int(state["step"]),
@@ -147,65 +162,80 @@ class Loop:
         """Trains up to the configured number of steps, or until early stopping or a signal, and returns how it ended."""
         self.throughput.begin(self._result.step)
         self._write("start", **self.facts)
+        for announcement in self.announcements:
+            self._event(**announcement)
         with StopSignal() as stop:
-            while not self._make_steps(stop):
-                pass
-            if stop.requested:
-                self._stop(stop)
+            try:
+                while not self._make_steps(stop):
+                    pass
+            except RankLost as error:
+                self._outlive(error)
+                raise
+            if number := self._agreed_stop or stop.number:
+                self._stop(number)
         return self._result
 
     def _make_steps(self, stop: StopSignal) -> bool:
         """Trains until the end or a signal; False where memory ran out in an update, so that the run went back to a whole state."""
-        config = self.config
         unreported: list[StepMetrics] = []
         try:
-            while (result := self._result).step < config.steps and not self._finished and self._await_batch(stop):
+            while (result := self._result).step < self.config.steps and not self._finished and self._await_batch(stop):
                 metrics = self._train_step()
                 unreported.append(metrics)
-                last = result.step == config.steps
                 if self._is_logged(result.step):
                     self._log(unreported)
                     unreported = []
                 if self._recover(metrics):
                     unreported = []
-                    continue
-                improved = False
-                if self.validation and (last or (config.eval_every and result.step % config.eval_every == 0)):
-                    improved = self._evaluate(self.validation, last=last)
-                due = config.checkpoint_every and result.step % config.checkpoint_every == 0
-                if last or due or improved or self._finished:
-                    self._save(final=last or self._finished)
-                if self._finished and not last:
-                    self._event("early stopping: the validation loss has not improved for too long")
-                elif stop.requested:
-                    break
+                else:
+                    self._whole = True
+                    self._conclude_step()
+                self._whole = self._concluded = True
         except OutOfMemory as error:
             if not error.torn:
                 raise
             self._go_back(error)
+            self._whole = True
             return False
         return True
 
-    def _await_batch(self, stop: StopSignal) -> bool:
-        """Waits until the next step's samples are there; False where a signal or the end of the data says to end the run.
+    def _conclude_step(self) -> None:
+        """Evaluates and saves where that is due after the step that was made."""
+        result, config = self._result, self.config
+        last, improved = result.step == config.steps, False
+        if self.validation and (last or (config.eval_every and result.step % config.eval_every == 0)):
+            improved = self._evaluate(self.validation, last=last)
+        due = config.checkpoint_every and result.step % config.checkpoint_every == 0
+        if last or due or improved or self._finished:
+            self._save(final=last or self._finished)
+        if self._finished and not last:
+            self._event("early stopping: the validation loss has not improved for too long")
 
-        Whatever the data fails with for good, the state is saved first.
-        """
-        first = self._recovery.first_sample(self._result.step)
+    def _await_batch(self, stop: StopSignal) -> bool:
+        """Waits until all ranks have their samples of the next step; False where a signal or the end of the data says to end the run."""
         with self.throughput.waiting():
-            while not stop.requested:
-                try:
-                    state = self.batches.state(first, self._per_step)
-                except (ValueError, OSError):
-                    self._save(planned=False)
-                    raise
-                if state == "ready":
-                    return True
-                if state == "ended":
-                    self._end_of_data()
-                    return False
+            while (turn := self._turn(stop)).state == "waiting" and not turn.stop:
                 time.sleep(WAIT_SECONDS)
-        return False
+        self._agreed_stop, self._tokens = turn.stop, turn.tokens
+        if turn.state == "ended" and not turn.stop:
+            self._end_of_data()
+        return turn.state == "ready" and not turn.stop
+
+    def _turn(self, stop: StopSignal) -> Turn:
+        """What all ranks know before the next step. Whatever the data of one fails with for good, the state is saved first."""
+        state, error = "ready", None
+        if not stop.requested:
+            try:
+                state = self.batches.state(self._recovery.first_sample(self._result.step), self._per_step)
+                self._own = self._read_step() if state == "ready" else []
+            except (ValueError, OSError) as failure:
+                state, error = "failed", failure
+        tokens = sum(batch.tokens.size for batch in self._own)
+        turn = Turn.agreed(self.ranks, stop=stop.number, state=state, tokens=tokens)
+        if turn.state == "failed":
+            self._save(planned=False)
+            raise error or RankFailed("another process of this run cannot read its data; its own message says why")
+        return turn
 
     def _end_of_data(self) -> None:
         """The data is used up before the configured number of steps: the run ends as if this had been its last step."""
@@ -218,12 +248,28 @@ class Loop:
         self._finished = True
         self._save(final=True)
 
-    def _stop(self, stop: StopSignal) -> None:
+    def _stop(self, number: int) -> None:
         """A signal came: the state is saved, and unless the run was at its end anyway, the signal is how it ended."""
         self._save(planned=False, needed=True)
         if self._result.step < self.config.steps and not self._finished:
-            self._result.stopped_by = stop.number
-        self._event(f"stopped by signal {stop.number}; the state is saved")
+            self._result.stopped_by = number
+        self._event(f"stopped by signal {number}; the state is saved")
+
+    def _outlive(self, error: RankLost) -> None:
+        """Another rank is gone: the state is saved by the one that may write, which does alone what is still due after the last step.
+
+        Where others have gone on with the run meanwhile (this process was asleep), they have written checkpoints that it does not know.
+        """
+        if not self._whole or not self.inherits() or self._newest_written() != (self._saved_step or 0):
+            return
+        self.ranks = Alone()
+        if not self._concluded:
+            self._conclude_step()
+        self._save(planned=False)
+        self._event(f"{error}; the state after step {self._result.step} is saved", fault="rank")
+
+    def _newest_written(self) -> int:
+        return max((info.step for info in self.checkpoints.list(check_hashes=False)), default=0)
 
     def _train_step(self) -> StepMetrics:
         result = self._result
@@ -233,29 +279,26 @@ class Loop:
             max_loss=self._recovery.max_loss,
         )
         while True:
-            micro_batches = self._read_step()
             try:
-                metrics = self.step.train(micro_batches, schedule=schedule)
+                metrics = self.step.train(self._own, schedule=schedule)
                 break
             except OutOfMemory as error:
-                self._shrink(error, micro_batches, where=f"in step {result.step + 1}")
-        tokens = sum(batch.tokens.size for batch in micro_batches)
-        self.throughput.finish_step(tokens)
+                self._whole = not error.torn
+                self._shrink(error, self._own, where=f"in step {result.step + 1}")
+                self._own = self._read_step()
+        self._whole = self._concluded = False
+        self.throughput.finish_step(self._tokens)
         result.step += 1
-        result.tokens += tokens
+        result.tokens += self._tokens
         # The validation figures belong to the step at which they were measured.
         result.validation_measures = {}
         result.validation_loss = result.bits_per_byte = self._compared_loss = None
         return metrics
 
     def _read_step(self) -> list[Batch]:
-        first = self._recovery.first_sample(self._result.step)
-        with self.throughput.waiting():
-            try:
-                return self._micro.of(self.batches, first, self._per_step)
-            except (ValueError, OSError):  # Data that has come to harm: what was trained until now is not to be lost.
-                self._save(planned=False)
-                raise
+        """This rank's micro-batches of the next step, of which rank 0 takes the first."""
+        first = self._recovery.first_sample(self._result.step) + self.ranks.rank * self._share
+        return self._micro.of(self.batches, first, self._share)
 
     def _evaluate(self, validation: ValidationBatches, *, last: bool) -> bool:
         """Measures the validation loss and decides on early stopping; returns whether the loss is the best so far.
@@ -264,9 +307,10 @@ class Loop:
         """
         result, limit = self._result, self.config.eval_tokens
         limited = limit is not None and limit < validation.num_tokens
-        self._compared_loss = self._measure(validation, max_tokens=limit if limited else None)
-        self._finished = self.early_stopping.update(self._compared_loss, result.step)
-        result.best_step = self.early_stopping.best_step
+        if self._compared_loss is None:
+            self._compared_loss = self._measure(validation, max_tokens=limit if limited else None)
+            self._finished = self.early_stopping.update(self._compared_loss, result.step)
+            result.best_step = self.early_stopping.best_step
         if limited and (last or self._finished):
             self._measure(validation, max_tokens=None)
         return self.early_stopping.best_step == result.step
@@ -277,10 +321,11 @@ class Loop:
             total = total_loss(
                 self.step,
                 validation,
-                batch_size=self._micro.size,
+                batch_size=int(self.ranks.gathered([self._micro.size]).min()),
                 window_tokens=self.sequence_length if windowed else validation.num_tokens / validation.num_windows,
                 max_tokens=max_tokens,
                 measure=self._evaluate_batch,
+                ranks=self.ranks,
             )
         loss, measures = total.loss / total.weight, total.means()
         bits = None if measures else bits_per_byte(total, validation)
@@ -308,7 +353,7 @@ class Loop:
                 f"memory ran out {where} even with the smallest micro-batch ({error}); {advice(self.config)}"
             )
         what = f"out of memory {where} ({error}); from now on, {self._micro} go through the model at once"
-        self._event(what, fault="memory", **self._micro.state())
+        self._event(what, fault="memory", micro_batch_tokens=self._micro.tokens)
         if torn:
             raise OutOfMemory(str(error), torn=True)
 
@@ -341,6 +386,9 @@ class Loop:
         """
         result = self._result
         if result.step in (0, self._saved_step):
+            return
+        if self.ranks.rank:
+            result.checkpoint, self._saved_step = self.checkpoints.path(result.step), result.step
             return
         state = self._state(planned=planned)
         started = time.monotonic()
@@ -378,7 +426,7 @@ class Loop:
             "planned": planned,
             "recovery": self._recovery.state_dict(),
             "settings": self.settings,
-            **self._micro.state(),
+            "micro_batch": self._micro.state(),
         }
         if result.validation_measures:
             state["validation_measures"] = {

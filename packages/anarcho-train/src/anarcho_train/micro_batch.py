@@ -30,6 +30,11 @@ def next_smaller(size: int, *, sequences: int) -> int | None:
     return max((d for d in divisors(sequences) if 2 * d <= size), default=None)
 
 
+def largest_fitting(size: int, *, sequences: int) -> int:
+    """The largest divisor of a step's ``sequences`` that is at most ``size``."""
+    return max(d for d in divisors(sequences) if d <= size)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LinearPeak:
     """Peak memory as a line through measured peaks: what does not depend on the micro-batch, and what each sequence adds."""
@@ -88,6 +93,7 @@ class MicroBatches:
         self.samples, self.length, self.whole = samples, length, whole
         self.tokens = tokens if whole else size * length
         """Most tokens that go through the model at once; None is a whole sample, whatever its size."""
+        self._begun_with = self.tokens
 
     @property
     def size(self) -> int:
@@ -126,17 +132,18 @@ class MicroBatches:
             return "whole batches" if self.tokens is None else f"at most {self.tokens} tokens of a batch"
         return f"{self.size} of {self.samples} sequences"
 
-    def state(self) -> dict[str, int]:
-        """What a checkpoint keeps of it."""
-        return {} if self.tokens is None else {"micro_batch_tokens": self.tokens}
+    def state(self) -> dict[str, int | None]:
+        """What a checkpoint keeps of it, as JSON values."""
+        return {"tokens": self.tokens, "begun_with": self._begun_with}
 
     def load_state(self, state: Mapping[str, object]) -> None:
-        """Takes up a smaller size from `state`; where there is none, or steps were made of other samples, all stays as it is."""
-        tokens = state.get("micro_batch_tokens")
-        if not isinstance(tokens, int) or tokens < 1 or (self.tokens is not None and tokens > self.tokens):
+        """Takes up a size that memory has made smaller, unless a run that goes on begins with another one: that is then meant."""
+        tokens = state.get("tokens")
+        if not isinstance(tokens, int) or tokens < 1 or state.get("begun_with") != self._begun_with:
             return
         size, rest = divmod(tokens, self.length)
-        if self.whole or (rest == 0 and size and self.samples % size == 0):
+        fits = self.whole or (rest == 0 and size > 0 and self.samples % size == 0)
+        if fits and (self.tokens is None or tokens < self.tokens):
             self.tokens = tokens
 
     def _rows_at_once(self, batch: Batch) -> int:
