@@ -59,6 +59,8 @@ class TrainConfig:
     """Noise on the embeddings while a model is tuned on conversations (NEFTune), usually 5 to 15; 0 adds none.
 
     It is uniform in `±alpha / sqrt(L * dim)`, for conversations of L tokens."""
+    rank_timeout_seconds: float = 600.0
+    """How long a process of several waits for an answer of the others before it takes them for lost, saves and ends; in seconds."""
 
     def __post_init__(self) -> None:
         if isinstance(self.micro_batch, str) and self.micro_batch != "auto":
@@ -86,6 +88,10 @@ class TrainConfig:
         for name in ("grad_clip", "early_stopping_min_delta", "neftune_alpha"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"train.{name} is {getattr(self, name)}; expected zero or a positive number")
+        if not 0 < self.rank_timeout_seconds < float("inf"):
+            raise ValueError(
+                f"train.rank_timeout_seconds is {self.rank_timeout_seconds}; expected a positive number of seconds"
+            )
         choices = {"precision": ("auto", "float32", "bfloat16", "float16"), "compile": ("auto", "on", "off")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
