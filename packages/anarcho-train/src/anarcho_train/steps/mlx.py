@@ -36,6 +36,7 @@ from anarcho_train.steps.mlx_memory import RandomState, agreed_memory, is_whole
 from anarcho_train.steps.mlx_ranks import MlxRanks
 from anarcho_train.steps.mlx_state import (
     generator_state,
+    leaves,
     load_optimizer,
     optimizer_arrays,
     param_groups,
@@ -185,19 +186,25 @@ class MlxStep:
             if self._ranks.size > 1:
                 mx.eval(gradients, sums)
         self._ranks.sum(gradients)
-        grad_norm = _number(self._norm(gradients, mx.array(1 / scale)))
-        total = self._summed(sum(map(self._sums, micro_batches, sums), LossSum()), weight)
-        finite = math.isfinite(total.loss) and math.isfinite(grad_norm)
-        updated = finite and weight > 0 and (schedule.max_loss is None or total.loss / weight <= schedule.max_loss)
-        sizes = UpdateSizes(self.model, self._members) if updated and schedule.measure_update else None
+        norm = self._norm(gradients, mx.array(1 / scale))
+        sizes = UpdateSizes(self.model, self._members) if schedule.measure_update else None
+        before = self._references()
+        self._update(gradients, self._clipping(norm, scale))  # Put together while the gradient is being computed.
+        finite = updated = False
+        try:
+            grad_norm = _number(norm)
+            total = self._summed(sum(map(self._sums, micro_batches, sums), LossSum()), weight)
+            finite = math.isfinite(total.loss) and math.isfinite(grad_norm)
+            updated = finite and weight > 0 and (schedule.max_loss is None or total.loss / weight <= schedule.max_loss)
+        finally:
+            if not updated:
+                self._put_back(before)
+        del before, gradients  # Their memory serves the update.
         if updated:
-            clipping = min(1.0, self._grad_clip / (grad_norm + 1e-6)) if self._grad_clip else 1.0
             self._updating = True
             # A rank that is lost here is missed at the next exchange, when this step has been counted.
             with suppress(RankLost), agreed_memory(self._ranks):
-                self._update(gradients, mx.array(clipping / scale))
-                # Its memory serves the evaluation, and the update goes on while the next step is put together.
-                del gradients
+                # The update goes on while the next step is put together.
                 mx.async_eval(self.model.parameters(), self.optimizer.state)
         if self._scale:
             self._scale.update(finite=finite)
@@ -206,7 +213,7 @@ class MlxStep:
             weight=weight,
             grad_norm=grad_norm,
             learning_rates=rates,
-            update_ratios=sizes.ratios() if sizes else {},
+            update_ratios=sizes.ratios() if sizes and updated else {},
             skipped=not updated,
             measures=total.means() if weight else dict.fromkeys(total.measures, math.nan),
         )
@@ -333,6 +340,21 @@ class MlxStep:
     def _apply_gradients(self, gradients: Any, factor: mx.array) -> None:
         scaled = tree_map(lambda gradient: gradient * factor, gradients)
         self.model.update(self.optimizer.apply_gradients(scaled, self.model.trainable_parameters()))
+
+    def _clipping(self, norm: mx.array, scale: float) -> mx.array:
+        """The factor of the gradient that bounds its norm and takes the loss scale out of it."""
+        return (mx.minimum(1.0, self._grad_clip / (norm + 1e-6)) if self._grad_clip else mx.array(1.0)) / scale
+
+    def _references(self) -> tuple[Any, list[tuple[Any, Any, mx.array]]]:
+        """The arrays of weights and state, of which an update makes new ones."""
+        state = [(container, key, container[key]) for _, container, key in leaves(self.optimizer.state)]
+        return self.model.trainable_parameters(), state
+
+    def _put_back(self, references: tuple[Any, list[tuple[Any, Any, mx.array]]]) -> None:
+        weights, state = references
+        self.model.update(weights)
+        for container, key, array in state:
+            container[key] = array
 
     def _apply(self, schedule: StepSchedule) -> dict[str, float]:
         """Sets what the schedules change, and returns the learning rates by group."""
