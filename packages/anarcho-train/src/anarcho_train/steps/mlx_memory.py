@@ -7,6 +7,7 @@ look whether its allocator has found anything: the process ends, and only what w
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,18 @@ import numpy as np
 from anarcho_train.out_of_memory import OutOfMemory, is_out_of_memory, reason
 from anarcho_train.ranks import RankLost, Ranks
 from anarcho_train.steps.mlx_state import generator_state, leaves, set_generator_state
+
+WAITING_MIB = 50
+"""Of arrays that the kernels of one submission read, after which it is handed to a CUDA GPU."""
+
+
+def bound_waiting_buffers() -> None:
+    """Tells MLX on CUDA to hand over its work in small submissions; only before its first operation, and unless the user has.
+
+    What an operation has read is freed when its whole submission is done, and ten may be waiting. By MLX 0.32's own limit, 1,000 MB on an
+    H100, the reference model's training takes 20 GB in place of 9, at no gain in speed.
+    """
+    os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", str(WAITING_MIB))
 
 
 class RandomState:
