@@ -33,11 +33,13 @@ COMMANDS = [
     "pipeline run",
     "preference",
     "pretrain",
+    "report",
     "serve",
     "sft",
     "tokenizer import",
     "tokenizer inspect",
     "tokenizer train",
+    "watch",
 ]
 
 

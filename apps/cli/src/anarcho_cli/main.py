@@ -27,6 +27,7 @@ from anarcho_cli.commands import (
     serve,
     tokenizer,
     tune,
+    watch,
 )
 from anarcho_cli.errors import CommandGroup
 
@@ -49,6 +50,7 @@ app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
 app.command("eval")(evaluate.evaluate)
 app.command("report")(report.report)
+app.command("watch")(watch.watch)
 app.command("import")(import_.import_)
 app.command("export")(export.export)
 app.add_typer(tokenizer.app, name="tokenizer")

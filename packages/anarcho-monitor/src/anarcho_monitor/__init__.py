@@ -20,6 +20,7 @@ from anarcho_monitor.metrics import (
 )
 from anarcho_monitor.progress import Progress
 from anarcho_monitor.sinks import MetricSink, Sinks
+from anarcho_monitor.tail import MetricsTail
 from anarcho_monitor.tensorboard import TensorBoardSink
 from anarcho_monitor.thinning import thin
 from anarcho_monitor.throughput import Throughput, peak_flops
@@ -32,6 +33,7 @@ __all__ = [
     "MemoryReading",
     "MetricSink",
     "MetricsLog",
+    "MetricsTail",
     "MonitorConfig",
     "MonitorError",
     "Point",

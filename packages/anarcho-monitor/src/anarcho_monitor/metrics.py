@@ -86,16 +86,21 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         raise FileNotFoundError(f"There is no metrics file at {path}: give the metrics.jsonl of a run directory.")
     records = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        record = _parse(line)
-        if record is None:
-            continue
-        if record.get("v") != FORMAT_VERSION:
-            raise MonitorError(
-                f"{path}, line {number} has format version {record.get('v')!r}, but this version of anarcho-monitor "
-                f"reads {FORMAT_VERSION}: use the version that wrote the file."
-            )
-        records.append(record)
+        record = parse_record(line, where=f"{path}, line {number}")
+        if record is not None:
+            records.append(record)
     return records
+
+
+def parse_record(line: bytes, *, where: object) -> dict[str, Any] | None:
+    """The record of a line, or None where it is torn; raises `MonitorError`, naming ``where``, for one of a newer format."""
+    record = _parse(line)
+    if record is not None and record.get("v") != FORMAT_VERSION:
+        raise MonitorError(
+            f"{where} has format version {record.get('v')!r}, but this version of anarcho-monitor "
+            f"reads {FORMAT_VERSION}: use the version that wrote the file."
+        )
+    return record
 
 
 def surviving_records(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

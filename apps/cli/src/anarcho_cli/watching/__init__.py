@@ -1,0 +1,1 @@
+"""`anarcho watch`: a run that is under way, seen from another terminal."""
