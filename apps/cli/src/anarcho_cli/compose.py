@@ -12,23 +12,30 @@ import shutil
 import signal
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from anarcho_monitor import Sinks
 from anarcho_tokenize import NetworkError, load_tokenizer, read_texts, train_tokenizer
-from anarcho_train import TrainResult
+from anarcho_train import Alone, RankLost, Ranks, TrainResult, after_first, require_equal, told
 
 from anarcho_cli import config as configuration
 from anarcho_cli.back_ends import BackEnd, back_end
 from anarcho_cli.config import RunConfig
 from anarcho_cli.data import RunData, open_run_data
+from anarcho_cli.disk_space import require_disk_space
+from anarcho_cli.fitting.run_fit import find_fit
+from anarcho_cli.models import CHECKPOINTS
 from anarcho_cli.output import note
 from anarcho_cli.reference import with_reference
-from anarcho_cli.run_directory import BASE, CONFIG_FILE, DATA, REFERENCE, TOKENIZER, create_run, locked
+from anarcho_cli.resume_changes import Change, announcement, take_changes
+from anarcho_cli.run_directory import BASE, CONFIG_FILE, DATA, REFERENCE, TOKENIZER, create_run
 from anarcho_cli.run_sample import require_prompt, write_sample
-from anarcho_cli.training_loop import make_loop, open_sinks, require_same_run
+from anarcho_cli.shared_run import joined, process_facts
+from anarcho_cli.training_loop import make_loop, open_checkpoints, open_sinks, require_same_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,49 +80,103 @@ def train(
     backend: str = "torch",
     tokenizer_path: Path | None = None,
     base: Path | None = None,
+    ranks: Ranks | None = None,
 ) -> RunSummary:
     """Starts a run in ``run_directory``, which must not exist, and trains it to its end with a framework, `torch` or `mlx`.
 
     Its model begins with the weights of the model directory ``base``, which the run keeps, or with random ones. Where text, tokenizer or
-    conversations turn out to be unusable, the directory is gone again. Raises the packages' ValueError and OSError.
+    conversations turn out to be unusable, the directory is gone again. Of several processes, ``ranks``, the first makes all this and the
+    others wait for it. Raises the packages' ValueError and OSError.
     """
     started = time.monotonic()
+    ranks = ranks or Alone()
     framework = back_end(backend)
     framework.require_supported(config, device)
-    create_run(run_directory, config, tokenizer_path, base, backend=backend, device=device)
-    with locked(run_directory), ExitStack() as stack:
+    if ranks.size > 1:
+        require_equal(ranks, process_facts(config))
+    with after_first(ranks):
+        if ranks.rank == 0:
+            require_disk_space(run_directory / CHECKPOINTS, config)
+            create_run(run_directory, config, tokenizer_path, base, backend=backend, device=device)
+    with ExitStack() as stack:
         try:
-            _prepare_tokenizer(run_directory, config)
-            data = stack.enter_context(_open_data(run_directory, config))
-        except NetworkError:
+            inherits = stack.enter_context(joined(run_directory, ranks))
+            with after_first(ranks):
+                _prepare_tokenizer(run_directory, config)
+                data = stack.enter_context(_open_data(run_directory, config, ranks))
+        except (NetworkError, RankLost):
             note(f"stopped before the training began; continue with --resume {run_directory}")
             raise
         except (ValueError, OSError):
-            shutil.rmtree(run_directory, ignore_errors=True)
+            if ranks.rank == 0:
+                shutil.rmtree(run_directory, ignore_errors=True)
             raise
         except KeyboardInterrupt:
             note(f"stopped before the training began; continue with --resume {run_directory}")
             raise
-        return _train(run_directory, config, data, framework, device=device, started=started)
+        return _train(
+            run_directory, config, data, framework, device=device, started=started, ranks=ranks, inherits=inherits
+        )
 
 
-def resume(run_directory: Path, *, device: str, backend: str = "torch") -> RunSummary:
+def resume(
+    run_directory: Path,
+    *,
+    device: str,
+    backend: str = "torch",
+    overrides: Sequence[str] = (),
+    allow_changes: bool = False,
+    ranks: Ranks | None = None,
+) -> RunSummary:
     """Continues a run from its newest valid checkpoint, or from the beginning where it has none.
 
-    Neither device nor framework have to be those with which it began.
+    Neither device nor framework have to be those with which it began. ``overrides`` (``--set`` texts) and what was changed in the run's
+    config.toml are judged key by key; ``allow_changes`` allows those that change what is learned from here on.
     """
     started = time.monotonic()
-    config = configuration.load(run_directory / CONFIG_FILE)
+    ranks = ranks or Alone()
+    config = configuration.resolve(preset=None, file=run_directory / CONFIG_FILE, overrides=overrides)
     framework = back_end(backend)
     framework.require_supported(config, device)
-    with locked(run_directory):
-        _prepare_tokenizer(run_directory, config)
-        with _open_data(run_directory, config) as data:
-            return _train(run_directory, config, data, framework, device=device, started=started)
+    if ranks.size > 1:
+        require_equal(ranks, process_facts(config))
+    with joined(run_directory, ranks) as inherits, ExitStack() as stack:
+        checkpoints = open_checkpoints(run_directory, config)
+        checkpoint, changes = None, []
+        with after_first(ranks):
+            if ranks.rank == 0:
+                checkpoints.sweep()
+                checkpoint = checkpoints.latest_valid(notify=note)
+                changes = take_changes(
+                    run_directory,
+                    config,
+                    overridden=bool(overrides),
+                    allow_changes=allow_changes,
+                    checkpoints=checkpoints,
+                    checkpoint=checkpoint,
+                    notify=note,
+                )
+                require_disk_space(run_directory / CHECKPOINTS, config)
+            _prepare_tokenizer(run_directory, config)
+            data = stack.enter_context(_open_data(run_directory, config, ranks))
+        if found := told(ranks, checkpoint.name if checkpoint else ""):
+            checkpoint = checkpoints.directory / found
+        return _train(
+            run_directory,
+            config,
+            data,
+            framework,
+            device=device,
+            started=started,
+            checkpoint=checkpoint,
+            changes=changes,
+            ranks=ranks,
+            inherits=inherits,
+        )
 
 
-def _open_data(run_directory: Path, config: RunConfig) -> AbstractContextManager[RunData]:
-    return open_run_data(config, run_directory / TOKENIZER, run_directory / DATA)
+def _open_data(run_directory: Path, config: RunConfig, ranks: Ranks) -> AbstractContextManager[RunData]:
+    return open_run_data(config, run_directory / TOKENIZER, run_directory / DATA, prepares=ranks.rank == 0)
 
 
 def _prepare_tokenizer(run_directory: Path, config: RunConfig) -> None:
@@ -137,7 +198,7 @@ def with_counted_steps(config: RunConfig, *, tokenizer_path: Path | None) -> Run
         if tokenizer_path is not None:
             load_tokenizer(tokenizer_path).save(Path(folder) / TOKENIZER)
         _prepare_tokenizer(Path(folder), config)
-        with _open_data(Path(folder), config) as data:
+        with _open_data(Path(folder), config, Alone()) as data:
             return _with_steps(config, data)
 
 
@@ -153,28 +214,57 @@ def _with_steps(config: RunConfig, data: RunData) -> RunConfig:
 
 
 def _train(
-    run_directory: Path, config: RunConfig, data: RunData, framework: BackEnd, *, device: str, started: float
+    run_directory: Path,
+    config: RunConfig,
+    data: RunData,
+    framework: BackEnd,
+    *,
+    device: str,
+    started: float,
+    ranks: Ranks,
+    inherits: Callable[[], bool],
+    checkpoint: Path | None = None,
+    changes: Sequence[Change] = (),
 ) -> RunSummary:
+    """Trains from the beginning, or on from a checkpoint since which ``changes`` were made to the configuration."""
     config = _with_steps(config, data)
     tokenizer = load_tokenizer(run_directory / TOKENIZER)
     require_prompt(config, tokenizer)
     base = run_directory / BASE
     framework.limit_memory(device)
-    step = framework.make_step(config, tokenizer, base, device=device)
+    with after_first(ranks):
+        fit = find_fit(run_directory, config, backend=framework.NAME, device=device)
+    config = fit.applied(config) if fit else config
+    step = framework.make_step(config, tokenizer, base, device=device, ranks=ranks)
     if config.data.kind == "preference" and config.preference.needs_reference:
         shards, kept = run_directory / DATA, run_directory / REFERENCE
-        data = with_reference(data, config, step, base=base, shards=shards, directory=kept)
-    progress_sinks = open_sinks(run_directory, config)
+        with after_first(ranks):
+            data = with_reference(data, config, step, base=base, shards=shards, directory=kept)
+    progress_sinks = open_sinks(run_directory, config) if ranks.rank == 0 else Sinks([])
     try:
         loop = make_loop(
-            run_directory, config, data, step, progress_sinks, tokenizer, back_end=framework, device=device
+            run_directory,
+            config,
+            data,
+            step,
+            progress_sinks,
+            tokenizer,
+            back_end=framework,
+            device=device,
+            fit=fit,
+            ranks=ranks,
+            inherits=inherits,
         )
-        loop.checkpoints.sweep()
-        if checkpoint := loop.checkpoints.latest_valid(notify=note):
+        require_equal(ranks, {**loop.hashes, "the micro-batch": loop.micro_batch})
+        if checkpoint is not None:
             require_same_run(loop, checkpoint)
             loop.resume(checkpoint)
+        if fit:
+            loop.announcements.append(fit.event())
+        if changes:
+            loop.announcements.append(announcement(changes))
         result = loop.run()
-        sample = None if result.stopped_by else write_sample(config, framework, step, tokenizer)
+        sample = None if result.stopped_by or ranks.rank else write_sample(config, framework, step, tokenizer)
         if sample is not None:
             progress_sinks.write("sample", step=result.step, tokens=result.tokens, text=sample)
         progress_sinks.write("end", step=result.step, tokens=result.tokens, seconds=time.monotonic() - started)

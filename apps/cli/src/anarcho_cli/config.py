@@ -21,7 +21,7 @@ from anarcho_model.lora.config import adapter_shapes
 from anarcho_monitor import MonitorConfig
 from anarcho_optim import OptimConfig
 from anarcho_tokenize import DataConfig, TokenizerConfig
-from anarcho_train import PreferenceConfig, TrainConfig
+from anarcho_train import PreferenceConfig, RecoveryConfig, TrainConfig
 
 from anarcho_cli import schema
 from anarcho_cli.layers import (
@@ -74,6 +74,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)

@@ -36,7 +36,18 @@ BackendOption = Annotated[
 ]
 ResumeOption = Annotated[
     Path | None,
-    typer.Option("--resume", metavar="RUN", help="Continue this run; only --backend, --device and --json go along."),
+    typer.Option(
+        "--resume",
+        metavar="RUN",
+        help="Continue this run; --set, --allow-changes, --backend, --device, --supervise and --json go along.",
+    ),
+]
+AllowChangesOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-changes",
+        help="Resuming, take a changed configuration that changes what is learned from here on.",
+    ),
 ]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Print configuration, size, memory and FLOPs of the run, and stop.")
@@ -44,14 +55,17 @@ DryRunOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print a summary object instead of the run directory.")]
 
 
+_WITH_RESUME = ("resume", "backend", "device", "json", "overrides", "allow_changes", "supervise")
+
+
 def refuse_with_resume(ctx: typer.Context) -> None:
-    """A resumed run keeps its configuration: any option that would change it is refused by name."""
+    """A resumed run keeps its model and data: any option that would choose others is refused by name."""
     from anarcho_cli.runs import RunError
 
     for parameter in ctx.command.params:
-        if parameter.name not in ("resume", "backend", "device", "json") and given(ctx, parameter.name or ""):
+        if parameter.name not in _WITH_RESUME and given(ctx, parameter.name or ""):
             raise RunError(
-                f"{parameter.opts[0]} cannot go with --resume, which continues a run exactly as it was begun"
+                f"{parameter.opts[0]} cannot go with --resume, which continues a run as it was begun; keys that may change take --set"
             )
 
 
@@ -96,7 +110,16 @@ def print_plan(config: RunConfig, *, backend: Backend, device: Device, json: boo
     print("\n".join(plan.lines()))
 
 
-def resume_run(ctx: typer.Context, path: Path, *, backend: Backend | None, device: Device, json: bool) -> None:
+def resume_run(
+    ctx: typer.Context,
+    path: Path,
+    *,
+    backend: Backend | None,
+    device: Device,
+    json: bool,
+    overrides: Sequence[str] = (),
+    allow_changes: bool = False,
+) -> None:
     """Continue a run in the framework and on the device of before unless others are given; refuses all other options."""
     from anarcho_cli.devices import resolve_backend
     from anarcho_cli.runs import existing_run, recorded_place
@@ -110,7 +133,10 @@ def resume_run(ctx: typer.Context, path: Path, *, backend: Backend | None, devic
 
     from anarcho_cli import compose
 
-    finish(compose.resume(run, backend=framework.value, device=resolved), json=json)
+    summary = compose.resume(
+        run, backend=framework.value, device=resolved, overrides=overrides, allow_changes=allow_changes
+    )
+    finish(summary, json=json)
 
 
 def start_run(

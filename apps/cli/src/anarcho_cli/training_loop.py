@@ -19,9 +19,11 @@ from anarcho_optim import schedules
 from anarcho_tokenize import AnyTokenizer
 from anarcho_train import CheckpointError, CheckpointStore, Loop, StepSchedule
 
+from anarcho_cli import config as configuration
 from anarcho_cli.back_ends import BackEnd, TrainingStep, precision_name
-from anarcho_cli.config import RunConfig
+from anarcho_cli.config import RunConfig, to_dict
 from anarcho_cli.data import RunData
+from anarcho_cli.disk_space import checkpoint_bytes
 from anarcho_cli.models import CHECKPOINTS
 from anarcho_cli.run_directory import CONFIG_FILE, METRICS_FILE, TENSORBOARD
 
@@ -38,7 +40,7 @@ def make_loop(
     device: str,
 ) -> Loop:
     """The loop over ``data``; nothing is trained or restored yet."""
-    checkpoints = CheckpointStore(run_directory / CHECKPOINTS, keep_last=config.train.keep_last)
+    checkpoints = open_checkpoints(run_directory, config)
 
     def schedule(number: int) -> StepSchedule:
         return StepSchedule(
@@ -71,6 +73,9 @@ def make_loop(
             peak_flops=config.monitor.peak_flops or peak_flops(back_end.device_name(device)),
         ),
         gauges=lambda: back_end.gauges(step, device),
+        recovery=config.recovery,
+        settings=to_dict(configuration.load(run_directory / CONFIG_FILE)),
+        checkpoint_bytes=checkpoint_bytes(config),
         facts={
             "backend": back_end.NAME,
             "device": device,
@@ -82,6 +87,11 @@ def make_loop(
         },
         on_checkpoint=lambda: data.release(_first_needed_sample(checkpoints)),
     )
+
+
+def open_checkpoints(run_directory: Path, config: RunConfig) -> CheckpointStore:
+    """The checkpoints of the run."""
+    return CheckpointStore(run_directory / CHECKPOINTS, keep_last=config.train.keep_last)
 
 
 def _first_needed_sample(checkpoints: CheckpointStore) -> int:
@@ -106,9 +116,11 @@ def open_sinks(run_directory: Path, config: RunConfig) -> Sinks:
 
 
 def require_same_run(loop: Loop, checkpoint: Path) -> None:
-    """A checkpoint continues only under the configuration, the tokenizer and the data that it was made with."""
+    """A checkpoint continues only with the tokenizer and the data that it was made with."""
     saved = loop.checkpoints.read_hashes(checkpoint)
     for name, value in loop.hashes.items():
+        if name == "config":  # Judged key by key, before anything is prepared.
+            continue
         if saved.get(name) != value:
             raise CheckpointError(
                 f"{checkpoint} was made with another {name} than the run directory holds now; put the run's own {name} back "

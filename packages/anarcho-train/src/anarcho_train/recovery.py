@@ -136,8 +136,8 @@ class Fault:
         times = f"{self.skips} steps in a row up to step {self.step}" if self.skips > 1 else f"step {self.step}"
         after = f" after {self.rollbacks} roll-backs" if self.rollbacks else ""
         return (
-            f"there was no update in {times}{after} ({self.what}); the run has diverged: go on from its last checkpoint, or start a new run, "
-            "with a lower optim.lr, a longer optim.warmup_steps or train.precision = 'float32'"
+            f"there was no update in {times}{after} ({self.what}); the run has diverged: go on from its last checkpoint, or start "
+            "a new run, with a lower optim.lr, a longer optim.warmup_steps or train.precision = 'float32'"
         )
 
 

@@ -9,6 +9,7 @@ import typer
 
 from anarcho_cli.devices import Device
 from anarcho_cli.training_commands import (
+    AllowChangesOption,
     BackendOption,
     DeviceOption,
     DryRunOption,
@@ -45,6 +46,7 @@ def pretrain(
     device: DeviceOption = Device.auto,
     backend: BackendOption = None,
     resume: ResumeOption = None,
+    allow_changes: AllowChangesOption = False,
     dry_run: DryRunOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -54,7 +56,15 @@ def pretrain(
     of standard output is the run directory.
     """
     if resume is not None:
-        resume_run(ctx, resume, backend=backend, device=device, json=json)
+        resume_run(
+            ctx,
+            resume,
+            backend=backend,
+            device=device,
+            json=json,
+            overrides=overrides or [],
+            allow_changes=allow_changes,
+        )
         return
     start_run(
         _configuration(preset=preset, file=file, overrides=overrides or [], data=data, tokenizer=tokenizer),

@@ -8,6 +8,7 @@ import typer
 
 from anarcho_cli.devices import Device
 from anarcho_cli.training_commands import (
+    AllowChangesOption,
     BackendOption,
     DeviceOption,
     DryRunOption,
@@ -56,11 +57,20 @@ def tuning_command(kind: str, *, preset: str, doc: str) -> Callable[..., None]:
         device: DeviceOption = Device.auto,
         backend: BackendOption = None,
         resume: ResumeOption = None,
+        allow_changes: AllowChangesOption = False,
         dry_run: DryRunOption = False,
         json: JsonOption = False,
     ) -> None:
         if resume is not None:
-            resume_run(ctx, resume, backend=backend, device=device, json=json)
+            resume_run(
+                ctx,
+                resume,
+                backend=backend,
+                device=device,
+                json=json,
+                overrides=overrides or [],
+                allow_changes=allow_changes,
+            )
             return
         from anarcho_cli.models import ModelNotFoundError, find_model
 
