@@ -15,6 +15,8 @@ from typer.core import TyperGroup
 
 BAD_INPUT = 2
 DEFECT = 1
+RANK_LOST = 75
+"""EX_TEMPFAIL of sysexits.h: started again, the run goes on."""
 INTERRUPTED = 130
 
 _OUT_OF_MEMORY = (
@@ -47,13 +49,20 @@ class CommandGroup(TyperGroup):
                 raise
             if ctx.params.get("debug"):
                 traceback.print_exception(error)
-            message, code = explain(error)
-            print(f"anarcho: error: {message}", file=sys.stderr)
-            raise typer.Exit(code) from error
+            raise typer.Exit(report(error)) from error
+
+
+def report(error: Exception, *, where: str = "") -> int:
+    """Print the sentence for an exception, and return the exit status."""
+    message, code = explain(error)
+    print(f"anarcho: error: {where}{message}", file=sys.stderr)
+    return code
 
 
 def explain(error: Exception) -> tuple[str, int]:
     """One sentence and the exit status for an exception."""
+    if type(error).__name__ == "RankLost":
+        return str(error), RANK_LOST
     if isinstance(error, OSError):
         return _file_sentence(error), BAD_INPUT
     if isinstance(error, ValueError) and _raised_by_us(error):

@@ -9,7 +9,7 @@ from anarcho_train.draws import TrainingDraws
 from anarcho_train.loop import Loop, TrainResult
 from anarcho_train.micro_batch import LinearPeak, MicroBatches, divisors, next_smaller
 from anarcho_train.out_of_memory import OutOfMemory
-from anarcho_train.ranks import Alone, RankLost, Ranks
+from anarcho_train.ranks import Alone, RankFailed, RankLost, Ranks, RanksDiffer, after_first, require_equal, told
 from anarcho_train.recovery import RecoveryConfig, TrainingDiverged
 from anarcho_train.reference import ReferenceCache, ReferenceCacheError, ReferencedTraining, ReferencedValidation
 from anarcho_train.saving import SaveFailed, free_bytes
@@ -29,8 +29,10 @@ __all__ = [
     "MicroBatches",
     "OutOfMemory",
     "PreferenceConfig",
+    "RankFailed",
     "RankLost",
     "Ranks",
+    "RanksDiffer",
     "RecoveryConfig",
     "ReferenceCache",
     "ReferenceCacheError",
@@ -45,9 +47,12 @@ __all__ = [
     "TrainResult",
     "TrainingDiverged",
     "TrainingDraws",
+    "after_first",
     "divisors",
     "evaluate",
     "free_bytes",
     "lock_run",
     "next_smaller",
+    "require_equal",
+    "told",
 ]

@@ -1,0 +1,134 @@
+"""One process of a training over several, as `mlx.launch` starts them: how it knows of the others, and how all of them end.
+
+Notable: rank 0 alone speaks, writes and holds the run's lock; the others print nothing but what went wrong with them. `mlx.launch` ends
+all others as soon as one has ended badly, so they end together, after rank 0 has said what there is to say. A process that has lost another
+one ends with a status of its own, and without waiting for a thread that may never return.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from anarcho_cli.errors import BAD_INPUT, RANK_LOST, explain, report
+
+if TYPE_CHECKING:
+    from anarcho_train import Ranks
+
+    from anarcho_cli.config import RunConfig
+
+LEAVING_SECONDS = 60.0
+"""A process that has lost another one is gone after so long, even where a disk or a library does not let go of it."""
+
+_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+
+class LaunchError(ValueError):
+    """Several processes were started that cannot train together; the message is one sentence for the user."""
+
+
+def transport(environ: Mapping[str, str]) -> str | None:
+    """What connects this process with the others of its run, in MLX's words; None where it is alone."""
+    if environ.get("MLX_JACCL_COORDINATOR") and environ.get("MLX_IBV_DEVICES"):
+        return "jaccl"
+    if _number(environ.get("MLX_WORLD_SIZE")) > 1:
+        return "nccl"
+    if environ.get("MLX_HOSTFILE") and "MLX_RANK" in environ:
+        return "ring" if _listed(environ["MLX_HOSTFILE"]) > 1 else None
+    return "mpi" if any(_number(environ.get(name)) > 1 for name in _MPI_SIZES) else None
+
+
+@contextmanager
+def connected(config: RunConfig, *, backend: str) -> Iterator[Ranks]:
+    """The processes that train together: this one alone, unless it was started with others. All leave the block together."""
+    from anarcho_train import Alone, RankFailed, RankLost, RanksDiffer
+
+    kind = transport(os.environ)
+    if kind is None:
+        yield Alone()
+        return
+    if backend != "mlx":
+        raise LaunchError(
+            f"several processes were started, but the back-end {backend} trains in one; expected --backend mlx, or one process"
+        )
+    from anarcho_cli.back_ends import mlx
+
+    ranks = mlx.connect(kind, timeout_seconds=config.train.rank_timeout_seconds)
+    try:
+        try:
+            with _silent(unless=ranks.rank == 0):
+                yield ranks
+        except (RanksDiffer, RankFailed) as error:  # Of which one message is enough.
+            code = report(error) if ranks.rank == 0 else explain(error)[1]
+            raise typer.Exit(code) from error
+        except (typer.Exit, RankLost):
+            raise
+        except Exception as error:
+            if ranks.rank == 0:
+                raise
+            raise typer.Exit(report(error, where=f"rank {ranks.rank}: ")) from error
+    except RankLost:
+        _leave_soon()
+        raise
+    except typer.Exit as leaving:
+        if leaving.exit_code != BAD_INPUT or isinstance(leaving.__cause__, RanksDiffer):
+            _leave_together(ranks)
+        raise
+    else:
+        _leave_together(ranks)
+
+
+def _leave_together(ranks: Ranks) -> None:
+    """Waits for the others, of which one may be gone already."""
+    from anarcho_train import RankLost
+
+    with suppress(RankLost):
+        ranks.gathered([0.0])
+
+
+def _leave_soon() -> None:
+    """Lets nothing keep this process: neither the thread that waits for a lost one, nor a shared disk that is gone with it."""
+
+    def leave() -> None:
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(RANK_LOST)
+
+    atexit.register(leave)
+    timer = threading.Timer(LEAVING_SECONDS, leave)
+    timer.daemon = True
+    timer.start()
+
+
+@contextmanager
+def _silent(*, unless: bool) -> Iterator[None]:
+    if unless:
+        yield
+        return
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
+def _listed(hostfile: str) -> int:
+    """How many processes a file of addresses names; that of a single one is empty."""
+    try:
+        text = Path(hostfile).read_text(encoding="utf-8")
+        return len(json.loads(text)) if text.strip() else 1
+    except (OSError, ValueError, TypeError) as error:
+        raise LaunchError(
+            f"MLX_HOSTFILE is {hostfile}, which cannot be read as a list of addresses ({error}); start the processes with mlx.launch"
+        ) from error
+
+
+def _number(text: str | None) -> int:
+    return int(text) if text and text.isdigit() else 0
