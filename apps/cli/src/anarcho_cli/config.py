@@ -21,7 +21,7 @@ from anarcho_model.lora.config import adapter_shapes
 from anarcho_monitor import MonitorConfig
 from anarcho_optim import OptimConfig
 from anarcho_tokenize import DataConfig, TokenizerConfig
-from anarcho_train import PreferenceConfig, RecoveryConfig, TrainConfig
+from anarcho_train import PreferenceConfig, RecoveryConfig, TrainConfig, divisors
 
 from anarcho_cli import schema
 from anarcho_cli.layers import (
@@ -53,6 +53,9 @@ __all__ = [
 ]
 
 DEFAULT_PRESET = "quickstart"
+
+PAIR_BATCH_TOKENS = 4096
+"""Tokens of a batch of pairs of answers where `train.micro_batch` is `auto`; more of them at once is of use nowhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +115,14 @@ class RunConfig:
     def batch_sequences(self) -> int:
         """Sequences per optimizer step."""
         return self.train.batch_sequences(self.sequence_length)
+
+    @property
+    def bucket_sequences(self) -> int:
+        """How many sequences' worth of tokens a batch of pairs of answers has; the pairs are batched alike on every machine."""
+        if self.train.micro_batch != "auto":
+            return self.train.micro_batch
+        sizes = [size for size in divisors(self.batch_sequences) if size * self.sequence_length <= PAIR_BATCH_TOKENS]
+        return max(sizes, default=1)
 
     @property
     def total_tokens(self) -> int:

@@ -52,19 +52,25 @@ class RunData:
 
 
 @contextmanager
-def open_run_data(config: RunConfig, tokenizer_directory: Path, directory: Path) -> Iterator[RunData]:
+def open_run_data(
+    config: RunConfig, tokenizer_directory: Path, directory: Path, *, prepares: bool = True
+) -> Iterator[RunData]:
     """The batches of a run whose shards are in ``directory``, which are made, continued or streamed as the configuration says.
 
-    Raises the ValueError or OSError of a source that cannot be read.
+    Without ``prepares``, another process makes them, and this one only reads. Raises the ValueError or OSError of a source that cannot be
+    read.
     """
     tokenizer = load_tokenizer(tokenizer_directory)
     if config.data.streams:
         with ExitStack() as stack:
-            producer = Producer(config.data, tokenizer_directory, directory, notify=note)
-            stack.callback(producer.stop)
+            producer = None
+            if prepares:
+                producer = Producer(config.data, tokenizer_directory, directory, notify=note)
+                stack.callback(producer.stop)
             yield _streamed(config, directory, tokenizer, producer)
         return
-    prepare(config, tokenizer, directory)
+    if prepares:
+        prepare(config, tokenizer, directory)
     yield _prepared(config, directory, tokenizer)
 
 
@@ -96,32 +102,34 @@ def _prepared(config: RunConfig, directory: Path, tokenizer: AnyTokenizer) -> Ru
     )
 
 
-def _streamed(config: RunConfig, directory: Path, tokenizer: AnyTokenizer, producer: Producer) -> RunData:
+def _streamed(config: RunConfig, directory: Path, tokenizer: AnyTokenizer, producer: Producer | None) -> RunData:
     """Waits for what there must be before the first step: the validation part, and the index of the training part."""
     note("reading the beginning of the stream")
     train = _await(directory / "train", tokenizer, producer, complete=False)
     validation = None
     if config.data.validation_fraction:
         validation = _await(directory / "validation", tokenizer, producer, complete=True)
-    batches = StreamedBatches(_packed(config, train), producer)
+    packed = _packed(config, train)
+    batches = None if producer is None else StreamedBatches(packed, producer)
     return RunData(
-        train=batches,
+        train=batches or packed,
         validation=None if validation is None else _sequential(config, validation),
         samples_per_step=None,
         samples_per_epoch=None,
         sha256=train.plan_sha256,
         facts={"validation_tokens": 0 if validation is None else validation.num_tokens},
-        release=batches.release,
+        release=batches.release if batches else lambda sample: None,
     )
 
 
-def _await(part: Path, tokenizer: AnyTokenizer, producer: Producer, *, complete: bool) -> TokenShards:
+def _await(part: Path, tokenizer: AnyTokenizer, producer: Producer | None, *, complete: bool) -> TokenShards:
+    check = producer.check if producer else lambda: None
     while not (part / "index.json").is_file():
-        producer.check()
+        check()
         time.sleep(_POLL_SECONDS)
     shards = _open(part, tokenizer, growing=True)
     while complete and not shards.complete:
-        producer.check()
+        check()
         time.sleep(_POLL_SECONDS)
         shards.refresh()
     return shards
@@ -151,8 +159,8 @@ def _packed(config: RunConfig, shards: TokenShards) -> PackedBatches:
 def _pairs(
     config: RunConfig, train: TokenShards, validation: TokenShards
 ) -> tuple[BucketBatches, SequentialBucketBatches | None]:
-    """Pairs of answers by length; a batch has the tokens of a micro-batch."""
-    tokens, length = config.train.micro_batch * config.sequence_length, config.sequence_length
+    """Pairs of answers by length; a batch has the tokens of a micro-batch, if that is not found only later."""
+    tokens, length = config.bucket_sequences * config.sequence_length, config.sequence_length
     batches = BucketBatches(train, batch_tokens=tokens, length=length, seed=config.train.seed)
     if not validation.num_tokens:
         return batches, None
@@ -161,7 +169,7 @@ def _pairs(
 
 def _pair_batches(config: RunConfig) -> int:
     """Batches of pairs that make a step."""
-    return config.batch_sequences // config.train.micro_batch
+    return config.batch_sequences // config.bucket_sequences
 
 
 def _sequential(config: RunConfig, shards: TokenShards) -> SequentialBatches:

@@ -60,6 +60,8 @@ class Plan:
             "steps": self.config.train.steps,
             "tokens": self.config.total_tokens,
             "batch_sequences": self.config.batch_sequences,
+            "micro_batch": self.config.train.micro_batch,
+            "gradient_checkpointing": self.config.train.gradient_checkpointing,
             "dtype_bytes": self.dtype_bytes,
             "memory_bytes": {**_parts(self.memory), "libraries": self.library_bytes, "total": self.total_bytes},
             "flops": self.flops,
@@ -79,6 +81,7 @@ class Plan:
             f"parameters  {self.config.model.num_parameters:,}{adapter}",
             f"steps       {train.steps:,} of {sequences}{epochs}",
             f"tokens      {self.config.total_tokens:,}",
+            f"at once     {train.micro_batch} sequences{', with gradient checkpointing' if train.gradient_checkpointing else ''}",
             f"memory      {bytes_text(self.total_bytes)} at the peak of a step in {dtype}; of this, not all at once:",
             *(
                 f"  {name.replace('_', ' '):20}{bytes_text(size):>12}"
@@ -89,8 +92,17 @@ class Plan:
         ]
 
 
-def plan_run(config: RunConfig, *, device: str, backend: str = "torch") -> Plan:
-    """The plan of a run with a framework on ``device`` (`auto`, `gpu`, `mps`, `cpu` or `cuda`)."""
+def plan_run(config: RunConfig, *, device: str, backend: str = "torch", rows: int | None = None) -> Plan:
+    """The plan of a run with a framework on ``device`` (`auto`, `gpu`, `mps`, `cpu` or `cuda`).
+
+    ``rows`` go through the model at once; left out, the micro-batch. Of a configuration that leaves this open, the least is planned.
+    """
+    if config.train.micro_batch == "auto" or config.train.gradient_checkpointing == "auto":
+        size = 1 if config.train.micro_batch == "auto" else config.train.micro_batch
+        checkpointing = config.train.gradient_checkpointing is True
+        train = dataclasses.replace(config.train, micro_batch=size, gradient_checkpointing=checkpointing)
+        config = dataclasses.replace(config, train=train)
+    micro_batch = config.train.fixed_micro_batch
     dtype_bytes = _dtype_bytes(config.train.precision, device, backend)
     model = config.model
     mlx = backend == "mlx"
@@ -103,22 +115,22 @@ def plan_run(config: RunConfig, *, device: str, backend: str = "torch") -> Plan:
         dtype_bytes=dtype_bytes,
         memory=training_memory(
             model,
-            micro_batch=config.train.micro_batch,
+            micro_batch=rows or micro_batch,
             length=config.sequence_length,
             compute_dtype_bytes=dtype_bytes,
-            gradient_checkpointing=config.train.gradient_checkpointing,
+            gradient_checkpointing=config.train.gradient_checkpointing is True,
             optimizer_scratch_bytes=0 if adamw_alone else scratch(device, config.trained_parameters),
-            gradients_held=config.batch_sequences > config.train.micro_batch,
+            gradients_held=config.batch_sequences > micro_batch,
             segments=config.data.isolate_documents,
             adapter=config.lora,
             framework="mlx" if mlx else "torch",
         ),
-        library_bytes=_library_bytes(config.train.compile, device, backend),
+        library_bytes=library_bytes(config.train.compile, device, backend),
         flops=config.flops_per_token * config.total_tokens,
     )
 
 
-def _library_bytes(compilation: str, device: str, backend: str) -> int:
+def library_bytes(compilation: str, device: str, backend: str) -> int:
     """Memory of everything but the model. `auto` is counted as compiled, which is the larger of its possibilities."""
     if backend == "mlx":
         return MLX_LIBRARY_BYTES

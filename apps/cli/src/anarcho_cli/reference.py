@@ -59,7 +59,7 @@ def _precision(directory: Path, step: TrainingStep) -> str:
 
 
 def _all_batches(config: RunConfig, shards: Path) -> Iterator[Batch]:
-    tokens, length = config.train.micro_batch * config.sequence_length, config.sequence_length
+    tokens, length = config.train.fixed_micro_batch * config.sequence_length, config.sequence_length
     for part in ("train", "validation"):
         opened = TokenShards.open(shards / part)
         if opened.num_tokens:

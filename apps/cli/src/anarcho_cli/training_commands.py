@@ -99,10 +99,17 @@ def _require_base(config: RunConfig, base: Path | None) -> None:
 
 def print_plan(config: RunConfig, *, backend: Backend, device: Device, json: bool) -> None:
     from anarcho_cli.config import dumps
+    from anarcho_cli.fitting.budget import planning_budget
+    from anarcho_cli.fitting.decision import find, is_open
     from anarcho_cli.output import print_json
     from anarcho_cli.plan import plan_run
 
-    plan = plan_run(config, backend=backend.value, device=device.value)
+    planned = config
+    if is_open(config):
+        place = {"backend": backend.value, "device": device.value}
+        fit = find(config, **place, budget_bytes=planning_budget(device.value), probe=None)
+        planned = fit.applied(config)
+    plan = plan_run(planned, backend=backend.value, device=device.value)
     if json:
         print_json(plan.to_dict())
         return
@@ -132,11 +139,20 @@ def resume_run(
     resolved = chosen_device(wanted, backend=framework)
 
     from anarcho_cli import compose
+    from anarcho_cli.config import resolve
+    from anarcho_cli.launching import connected
 
-    summary = compose.resume(
-        run, backend=framework.value, device=resolved, overrides=overrides, allow_changes=allow_changes
-    )
-    finish(summary, json=json)
+    config = resolve(preset=None, file=run / "config.toml", overrides=overrides)
+    with connected(config, backend=framework.value) as ranks:
+        summary = compose.resume(
+            run,
+            backend=framework.value,
+            device=resolved,
+            overrides=overrides,
+            allow_changes=allow_changes,
+            ranks=ranks,
+        )
+        finish(summary, json=json)
 
 
 def start_run(
@@ -156,10 +172,14 @@ def start_run(
     """Train a new run on rows of a kind, or with ``dry_run`` say what it would cost."""
     from anarcho_cli.runs import new_run_directory
 
-    directory = new_run_directory(runs_dir, name, preset=preset)
-    require_source(config, kind=kind)
+    def new_directory() -> Path:
+        directory = new_run_directory(runs_dir, name, preset=preset)
+        require_source(config, kind=kind)
+        return directory
+
     _require_base(config, base)
     if dry_run:
+        new_directory()
         if config.train.epochs is not None:
             from anarcho_cli import compose
 
@@ -167,19 +187,28 @@ def start_run(
         print_plan(config, backend=backend, device=device, json=json)
         return
 
+    from anarcho_train import after_first, told
+
     from anarcho_cli import compose
     from anarcho_cli.devices import resolve_backend
+    from anarcho_cli.launching import connected
 
     resolve_backend(backend)
-    summary = compose.train(
-        config,
-        run_directory=directory,
-        backend=backend.value,
-        device=chosen_device(device, backend=backend),
-        tokenizer_path=tokenizer,
-        base=base,
-    )
-    finish(summary, json=json)
+    with connected(config, backend=backend.value) as ranks:
+        directory = runs_dir
+        with after_first(ranks):
+            if ranks.rank == 0:  # Which alone needs the text, and knows the time that all name the run after.
+                directory = new_directory()
+        summary = compose.train(
+            config,
+            run_directory=runs_dir / told(ranks, directory.name),
+            backend=backend.value,
+            device=chosen_device(device, backend=backend),
+            tokenizer_path=tokenizer,
+            base=base,
+            ranks=ranks,
+        )
+        finish(summary, json=json)
 
 
 def chosen_backend(backend: Backend | None, *, file: Path | None, overrides: Sequence[str]) -> Backend:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from anarcho_monitor import (
 )
 from anarcho_optim import schedules
 from anarcho_tokenize import AnyTokenizer
-from anarcho_train import CheckpointError, CheckpointStore, Loop, StepSchedule
+from anarcho_train import CheckpointError, CheckpointStore, Loop, Ranks, StepSchedule
 
 from anarcho_cli import config as configuration
 from anarcho_cli.back_ends import BackEnd, TrainingStep, precision_name
 from anarcho_cli.config import RunConfig, to_dict
 from anarcho_cli.data import RunData
 from anarcho_cli.disk_space import checkpoint_bytes
+from anarcho_cli.fitting.decision import Fit
 from anarcho_cli.models import CHECKPOINTS
 from anarcho_cli.run_directory import CONFIG_FILE, METRICS_FILE, TENSORBOARD
 
@@ -38,8 +40,11 @@ def make_loop(
     *,
     back_end: BackEnd,
     device: str,
+    ranks: Ranks,
+    inherits: Callable[[], bool],
+    fit: Fit | None = None,
 ) -> Loop:
-    """The loop over ``data``; nothing is trained or restored yet."""
+    """The loop over ``data``; nothing is trained or restored yet. ``fit`` is what was found for what ``config`` left open."""
     checkpoints = open_checkpoints(run_directory, config)
 
     def schedule(number: int) -> StepSchedule:
@@ -54,6 +59,7 @@ def make_loop(
         batches=data.train,
         validation=data.validation,
         samples_per_step=data.samples_per_step,
+        micro_batch_tokens=fit.micro_batch * config.sequence_length if fit and data.samples_per_step else None,
         schedule=schedule,
         config=config.train,
         sequence_length=config.sequence_length,
@@ -70,7 +76,7 @@ def make_loop(
         throughput=Throughput(
             total_steps=config.train.steps,
             flops_per_token=config.flops_per_token,
-            peak_flops=config.monitor.peak_flops or peak_flops(back_end.device_name(device)),
+            peak_flops=_peak_of_all(config.monitor.peak_flops or peak_flops(back_end.device_name(device)), ranks),
         ),
         gauges=lambda: back_end.gauges(step, device),
         recovery=config.recovery,
@@ -79,19 +85,30 @@ def make_loop(
         facts={
             "backend": back_end.NAME,
             "device": device,
+            "processes": ranks.size,
             "precision": precision_name(step),
             "compiled": step.compiled,
+            "micro_batch": config.train.micro_batch,
+            "gradient_checkpointing": config.train.gradient_checkpointing,
+            **(fit.facts() if fit else {}),
             "parameters": config.model.num_parameters,
             "trained_parameters": config.trained_parameters,
             **data.facts,
         },
         on_checkpoint=lambda: data.release(_first_needed_sample(checkpoints)),
+        ranks=ranks,
+        inherits=inherits,
     )
 
 
 def open_checkpoints(run_directory: Path, config: RunConfig) -> CheckpointStore:
     """The checkpoints of the run."""
     return CheckpointStore(run_directory / CHECKPOINTS, keep_last=config.train.keep_last)
+
+
+def _peak_of_all(peak: float | None, ranks: Ranks) -> float | None:
+    """The peak of all processes' devices together, which are taken to be alike."""
+    return None if peak is None else peak * ranks.size
 
 
 def _first_needed_sample(checkpoints: CheckpointStore) -> int:

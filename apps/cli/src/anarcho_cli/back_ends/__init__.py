@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from anarcho_model.generate.sampling import SamplingConfig
 from anarcho_tokenize import AnyTokenizer
+from anarcho_train import Ranks
 from anarcho_train.step import Batch, Step
 
 from anarcho_cli.config import RunConfig
@@ -46,10 +47,13 @@ class BackEnd(Protocol):
         """Bounds what this process may take, where the framework leaves that to the program."""
         ...
 
-    def make_step(self, config: RunConfig, tokenizer: AnyTokenizer, base: Path, *, device: str) -> TrainingStep:
+    def make_step(
+        self, config: RunConfig, tokenizer: AnyTokenizer, base: Path, *, device: str, ranks: Ranks | None = None
+    ) -> TrainingStep:
         """The model on its device, its optimizer, and the training step over both.
 
-        The model has the weights of the directory ``base`` where that is there, else random ones.
+        The model has the weights of the directory ``base`` where that is there, else random ones. ``ranks`` are the processes that
+        train together, which a back-end that trains in one alone is not given.
         """
         ...
 

@@ -12,7 +12,7 @@ Notable, of MLX on an Apple GPU:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,9 @@ from anarcho_cli.output import note
 
 if TYPE_CHECKING:
     from anarcho_model.mlx import GPT
+    from anarcho_train import Ranks
     from anarcho_train.steps.mlx import MlxStep
+    from anarcho_train.steps.mlx_ranks import MlxRanks
 
     from anarcho_cli.back_ends import TrainingStep
 
@@ -50,7 +52,9 @@ def require_supported(config: RunConfig, device: str) -> None:
 def limit_memory(device: str) -> None:
     """Tells MLX how much it may take and how much of what was freed it may keep; beyond that, it waits, frees, and then fails."""
     import mlx.core as mx
+    from anarcho_train.steps.mlx_memory import bound_waiting_buffers
 
+    bound_waiting_buffers()
     _use(device)
     limit = memory_limit(mx.device_info(), total=read_memory("mlx").system_total_bytes)
     mx.set_memory_limit(limit)
@@ -66,28 +70,43 @@ def memory_limit(device: Mapping[str, Any], *, total: int) -> int:
     return int(MEMORY_SHARE * int(device.get("total_memory") or total))
 
 
-def make_step(config: RunConfig, tokenizer: AnyTokenizer, base: Path, *, device: str) -> MlxStep:
+def connect(transport: str, *, timeout_seconds: float) -> MlxRanks:
+    """The processes that `mlx.launch` has started, this one among them; raises `RankLost` where they do not find each other."""
+    import mlx.core as mx
+    from anarcho_train import RankLost
+    from anarcho_train.steps.mlx_ranks import MlxRanks
+
+    try:
+        group = mx.distributed.init(strict=True, backend=transport)
+    except (RuntimeError, ValueError) as error:
+        raise RankLost(
+            f"the other processes of this run cannot be reached over {transport} ({error}); see that mlx.launch names the right "
+            "addresses and that no firewall is between them"
+        ) from error
+    return MlxRanks(group, timeout_seconds=timeout_seconds, device=mx.gpu if transport == "nccl" else mx.cpu)
+
+
+def make_step(
+    config: RunConfig, tokenizer: AnyTokenizer, base: Path, *, device: str, ranks: Ranks | None = None
+) -> MlxStep:
     """As `BackEnd.make_step`."""
     import mlx.core as mx
     from anarcho_model.mlx import GPT
-    from anarcho_model.weights_mlx import load_weights
     from anarcho_optim.mlx import MuonAdamW
     from anarcho_train.losses.mlx_preference import PreferenceLoss
     from anarcho_train.steps.mlx import MlxStep
+    from anarcho_train.steps.mlx_ranks import MlxRanks
 
     require_fitting(config, tokenizer)
     _use(device)
     mx.random.seed(config.train.seed)  # Nothing is drawn from it; but checkpoints hold it, and are to be equal.
     model = GPT(config.model)
-    if base.is_dir():
-        load_weights(model, base)
-    else:
-        model.init_weights(seed=config.train.seed, init=config.init)
+    _set_first_weights(model, config, base)
     if config.lora.rank:
         from anarcho_model.lora.mlx import add_adapter
 
         add_adapter(model, config.lora, seed=config.train.seed)
-    model.gradient_checkpointing = config.train.gradient_checkpointing
+    model.gradient_checkpointing = config.train.gradient_checkpointing is True
     return MlxStep(
         model,
         MuonAdamW(_groups(model, config)),
@@ -96,7 +115,9 @@ def make_step(config: RunConfig, tokenizer: AnyTokenizer, base: Path, *, device:
         draws=training_draws(config),
         save_model=lambda trained, directory: _save_model(trained, directory, config, tokenizer),
         load_model=_load_model,
+        begin=_beginning(model, config, base),
         flops=config.flops_per_token * config.total_tokens,
+        ranks=ranks if isinstance(ranks, MlxRanks) else None,
         notify=note,
     )
 
@@ -126,6 +147,29 @@ def _use(device: str) -> None:
     import mlx.core as mx
 
     mx.set_default_device(mx.cpu if device == "cpu" else mx.gpu)
+
+
+def _set_first_weights(model: GPT, config: RunConfig, base: Path) -> None:
+    """The weights of the directory ``base`` where that is there, else random ones."""
+    from anarcho_model.weights_mlx import load_weights
+
+    if base.is_dir():
+        load_weights(model, base)
+    else:
+        model.init_weights(seed=config.train.seed, init=config.init)
+
+
+def _beginning(model: GPT, config: RunConfig, base: Path) -> Callable[[Any], None]:
+    """Gives the model the weights that it has now; an adapter's are few enough to be kept, the others are made anew."""
+    first = model.trainable_parameters() if config.lora.rank else None
+
+    def begin(model: GPT) -> None:
+        if first is None:
+            _set_first_weights(model, config, base)
+        else:
+            model.update(first)
+
+    return begin
 
 
 def _groups(model: GPT, config: RunConfig) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from anarcho_cli.output import note
 
 if TYPE_CHECKING:
     from anarcho_model.torch import GPT
+    from anarcho_train import Ranks
     from anarcho_train.steps.torch import TorchStep
 
     from anarcho_cli.back_ends import TrainingStep
@@ -35,11 +36,12 @@ def limit_memory(device: str) -> None:
     """PyTorch ends what exceeds its device by itself."""
 
 
-def make_step(config: RunConfig, tokenizer: AnyTokenizer, base: Path, *, device: str) -> TorchStep:
+def make_step(
+    config: RunConfig, tokenizer: AnyTokenizer, base: Path, *, device: str, ranks: Ranks | None = None
+) -> TorchStep:
     """As `BackEnd.make_step`."""
     import torch
     from anarcho_model.torch import GPT
-    from anarcho_model.weights import load_weights
     from anarcho_optim.torch import MuonAdamW
     from anarcho_train.losses.torch_preference import PreferenceLoss
     from anarcho_train.steps.torch import TorchStep
@@ -47,15 +49,12 @@ def make_step(config: RunConfig, tokenizer: AnyTokenizer, base: Path, *, device:
     require_fitting(config, tokenizer)
     torch.manual_seed(config.train.seed)  # Nothing is drawn from it; but checkpoints hold it, and are to be equal.
     model = GPT(config.model)
-    if base.is_dir():
-        load_weights(model, base)
-    else:
-        model.init_weights(seed=config.train.seed, init=config.init)
+    _set_first_weights(model, config, base)
     if config.lora.rank:
         from anarcho_model.lora.torch import add_adapter
 
         add_adapter(model, config.lora, seed=config.train.seed)
-    model.gradient_checkpointing = config.train.gradient_checkpointing
+    model.gradient_checkpointing = config.train.gradient_checkpointing is True
     model.to(device)
     return TorchStep(
         model,
@@ -65,6 +64,7 @@ def make_step(config: RunConfig, tokenizer: AnyTokenizer, base: Path, *, device:
         draws=training_draws(config),
         save_model=lambda trained, directory: _save_model(trained, directory, config, tokenizer),
         load_model=_load_model,
+        begin=_beginning(model, config, base),
         flops=config.flops_per_token * config.total_tokens,
         notify=note,
     )
@@ -91,6 +91,33 @@ def device_name(device: str) -> str:
     import torch
 
     return torch.cuda.get_device_name()
+
+
+def _set_first_weights(model: GPT, config: RunConfig, base: Path) -> None:
+    """The weights of the directory ``base`` where that is there, else random ones."""
+    from anarcho_model.weights import load_weights
+
+    if base.is_dir():
+        load_weights(model, base)
+    else:
+        model.init_weights(seed=config.train.seed, init=config.init)
+
+
+def _beginning(model: GPT, config: RunConfig, base: Path) -> Callable[[Any], None]:
+    """Gives the model the weights that it has now; an adapter's are few enough to be kept, the others are made anew."""
+    import torch
+    from anarcho_model.lora.torch import adapter_parameters
+
+    first = {name: parameter.detach().clone() for name, parameter in adapter_parameters(model).items()}
+
+    @torch.no_grad()
+    def begin(model: GPT) -> None:
+        if not first:
+            _set_first_weights(model, config, base)
+        for name, parameter in adapter_parameters(model).items():
+            parameter.copy_(first[name])
+
+    return begin
 
 
 def _groups(model: GPT, config: RunConfig) -> Any:

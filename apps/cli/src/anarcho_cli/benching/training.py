@@ -17,6 +17,8 @@ from anarcho_cli.benching.cases import Case
 from anarcho_cli.benching.subject import device_name, matrix_product, new_step, published_peak
 from anarcho_cli.benching.timing import best_rate, time_steps
 from anarcho_cli.config import RunConfig
+from anarcho_cli.fitting.budget import memory_budget
+from anarcho_cli.fitting.decision import find, is_open
 
 SIZES = (256, 512, 1024, 2048, 4096)
 CUDA_SIZES = (*SIZES, 8192)
@@ -25,11 +27,11 @@ CUDA_SIZES = (*SIZES, 8192)
 
 def measure_training(case: Case) -> dict[str, Any]:
     """The figures of a case's training step, for the run's own batch."""
-    config, device = case.config, case.device
+    config, device = _settled(case), case.device
     framework = back_end(case.backend)
     step = new_step(framework, config, device=device)
     batch = random_batch(config)
-    micro_batches = -(-config.batch_sequences // config.train.micro_batch)
+    micro_batches = -(-config.batch_sequences // config.train.fixed_micro_batch)
     losses: list[float] = []
     times = time_steps(
         lambda count: losses.append(_train(step, [batch] * count)),
@@ -46,7 +48,9 @@ def measure_training(case: Case) -> dict[str, Any]:
         "device_name": name,
         "precision": precision,
         "compiled": compiled,
-        "tokens_per_second": micro_batches * config.train.micro_batch * config.sequence_length / seconds,
+        "tokens_per_second": micro_batches * config.train.fixed_micro_batch * config.sequence_length / seconds,
+        "micro_batch": config.train.micro_batch,
+        "gradient_checkpointing": config.train.gradient_checkpointing,
         "step_seconds": seconds,
         "micro_batch_seconds": times.micro_batch,
         "update_seconds": times.update if micro_batches > 1 else None,
@@ -58,9 +62,18 @@ def measure_training(case: Case) -> dict[str, Any]:
     }
 
 
+def _settled(case: Case) -> RunConfig:
+    """The configuration; where it leaves the micro-batch open, with what the forecast says."""
+    if not is_open(case.config):
+        return case.config
+    budget = memory_budget(case.backend, case.device)
+    fit = find(case.config, backend=case.backend, device=case.device, budget_bytes=budget, probe=None)
+    return fit.applied(case.config)
+
+
 def random_batch(config: RunConfig) -> Any:
     """One micro-batch of random tokens, all of them targets."""
-    shape = (config.train.micro_batch, config.sequence_length + 1)
+    shape = (config.train.fixed_micro_batch, config.sequence_length + 1)
     ids = np.random.default_rng(0).integers(0, config.model.vocab_size, shape).astype(np.int32)
     isolated = config.data.isolate_documents
     rows = np.zeros_like(ids[:, 1:])

@@ -1,0 +1,1 @@
+"""How many sequences go through the model at once where a configuration leaves that open: forecast, probe, decision."""
