@@ -3,7 +3,7 @@
 The forecast counts what PyTorch's autograd keeps when `token_logprobs` runs op by op: it is derived tensor by tensor from
 `anarcho_model.layers.torch`, and the tests compare it with the tensors that autograd really saves. A compiled step keeps
 less. The interpreter, the libraries and the device's context are not in it. With an adapter (`anarcho_model.lora`) only its
-weights have gradients and optimizer state; the frozen ones are kept, and their casts with them.
+weights have gradients and optimizer state; the frozen ones are kept, and in PyTorch their casts with them.
 
 Notable: a step's peak is not the sum of its parts. Activations are alive before the gradients that replace them, so the
 total is the largest of the step's moments. One part is measured rather than derived, `allocator_slack`: the C library
@@ -13,7 +13,8 @@ returns only blocks over 32 MiB to the system, and a process keeps the freed sma
 MLX keeps about the same for backward, so its forecast is the same but for four things, which are measured (MLX 0.32 on a
 CPU, where its allocator counts exactly): a block's backward holds several copies of a chunk of attention scores, which
 PyTorch's kernels never have; a chunk of logits is larger and held in several copies; a checkpointed block's activations
-overlap with its neighbours'; and what the optimizer's update needs is free again for the next step. Freed buffers that
+overlap with its neighbours'; and what the optimizer's update needs is free again for the next step. With an adapter, MLX keeps
+neither the casts of frozen weights, nor dropout's factors, nor the feed-forward layer's activated gate. Freed buffers that
 MLX keeps are not counted: they fill what is left, up to a limit that the program sets.
 
 Units: bytes throughout. dim, query, kv, ffn = widths of the residual stream, of all query heads, of all key heads, of the
@@ -47,6 +48,8 @@ MLX_LOGITS_CHUNK_BYTES = 256 * 2**20
 """The attribute `logits_chunk_bytes` of the MLX model."""
 MLX_RECOMPUTED = 2.6
 """Blocks whose recomputed activations MLX holds at a time."""
+MLX_ADAPTER_COPIES, MLX_DROPOUT_COPIES = 3, 4
+"""Further copies of a feed-forward layer's activations that backward in MLX holds with an adapter, and float32 ones with its dropout."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +138,7 @@ def training_memory(
         segments: whether documents are isolated by a mask.
         host_copy: whether saving copies from a device into the same memory, as on a Mac.
         adapter: trained in place of the model's own weights; None, or one of rank 0, trains these.
-
-        framework: whose model it is; with MLX there is no adapter.
+        framework: whose model it is.
 
     Raises:
         ValueError: a size is not positive, `compute_dtype_bytes` is neither 2 nor 4, or the adapter does not fit.
@@ -160,10 +162,16 @@ def training_memory(
         gradients = FLOAT * added
         optimizer = (matrix_optimizer_bytes if lora.optimizer == "muon" else other_optimizer_bytes) * added
     per_token = block_activation_bytes(
-        config, length=length, compute_dtype_bytes=compute, segments=segments, adapter=lora
+        config,
+        length=length,
+        compute_dtype_bytes=compute,
+        segments=segments,
+        adapter=lora,
+        framework=framework,
     )
     block = tokens * per_token
-    block_casts = compute * (_block_matrix_parameters(config) + added // config.num_layers) if cast else 0
+    kept_casts = 0 if lora is not None and framework == "mlx" else _block_matrix_parameters(config)
+    block_casts = compute * (kept_casts + added // config.num_layers) if cast else 0
     kept_per_block = tokens * FLOAT * config.dim if gradient_checkpointing else block
     final = tokens * (2 * FLOAT * config.dim + compute * config.dim + 2 * FLOAT + 16)
     if lora is not None:  # neither the normalised input nor the ids of the embedding are kept
@@ -188,7 +196,13 @@ def training_memory(
         gradients_held=gradients_held,
     )
     if framework == "mlx":
-        return _in_mlx(forecast, config, tokens=tokens, length=length, compute=compute, chunk_bytes=logits_chunk_bytes)
+        forecast = _in_mlx(
+            forecast, config, tokens=tokens, length=length, compute=compute, chunk_bytes=logits_chunk_bytes
+        )
+        if lora is None:
+            return forecast
+        copies = MLX_ADAPTER_COPIES * compute + (MLX_DROPOUT_COPIES * FLOAT if lora.dropout else 0)
+        return replace(forecast, backward_scratch=forecast.backward_scratch + copies * tokens * config.ffn_size)
     slack = min(SLACK_BYTES, 2 * forecast.transient) + int(SLACK_SHARE * weights)
     return replace(forecast, allocator_slack=slack)
 
@@ -215,6 +229,7 @@ def block_activation_bytes(
     compute_dtype_bytes: int,
     segments: bool = False,
     adapter: LoraConfig | None = None,
+    framework: Literal["torch", "mlx"] = "torch",
 ) -> int:
     """Bytes per token that one block's forward leaves for its backward."""
     query, kv = config.num_heads * config.head_size, config.kv_heads * config.head_size
@@ -226,15 +241,18 @@ def block_activation_bytes(
     if segments:
         attention += compute_dtype_bytes * length  # the mask as the attention kernel keeps it
     own = 2 * norm + attention + compute_dtype_bytes * 4 * config.ffn_size
-    return own if adapter is None else own + compute_dtype_bytes * _adapter_activations(config, adapter)
+    return own if adapter is None else own + compute_dtype_bytes * _adapter_activations(config, adapter, framework)
 
 
-def _adapter_activations(config: ModelConfig, lora: LoraConfig) -> int:
-    """Numbers per token that an adapter adds to a block's activations, less the inputs that no frozen matrix needs."""
+def _adapter_activations(config: ModelConfig, lora: LoraConfig, framework: Literal["torch", "mlx"]) -> int:
+    """Numbers per token that an adapter adds to a block's activations, less what no frozen matrix needs."""
+    torch = framework == "torch"
     inputs = {"o": config.num_heads * config.head_size, "down": config.ffn_size}
     added = lora.rank * len(lora.targets)  # what A makes of its input
-    if lora.dropout:
-        added += 2 * sum(inputs.get(target, config.dim) for target in lora.targets)  # the factors, and what they leave
+    if lora.dropout:  # what it leaves, and its factors
+        added += (2 if torch else 1) * sum(inputs.get(target, config.dim) for target in lora.targets)
+    if not torch:  # silu(gate)
+        added -= config.ffn_size
     for readers in (("q", "k", "v"), ("o",), ("gate", "up"), ("down",)):
         if lora.dropout or not set(readers) & set(lora.targets):
             added -= inputs.get(readers[0], config.dim)

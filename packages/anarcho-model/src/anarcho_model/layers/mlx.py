@@ -177,6 +177,28 @@ def _rotate_vjp(primals: Sequence[mx.array], cotangent: mx.array, _: mx.array) -
 
 
 @mx.custom_function
+def gated(
+    gate: Float[mx.array, "*shape hidden"], up: Float[mx.array, "*shape hidden"]
+) -> Float[mx.array, "*shape hidden"]:
+    """`silu(gate) * up`; backward keeps its two factors alone."""
+    return nn.silu(gate) * up
+
+
+@gated.vjp
+def _gated_vjp(primals: Sequence[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
+    gate, up = mx.depends(list(primals), [cotangent])
+    return _grad_gated(gate, up, cotangent)
+
+
+def _grad_gated(gate: mx.array, up: mx.array, grad: mx.array) -> tuple[mx.array, mx.array]:
+    """Gradients of the factors, from that of `gated`; each silu is computed for itself, see `project_gated`."""
+    grad_up = grad * nn.silu(gate)
+    gate = mx.depends(gate, grad_up)
+    sigmoid = mx.sigmoid(gate)
+    return grad * up * (sigmoid * (1 + gate * (1 - sigmoid))), grad_up
+
+
+@mx.custom_function
 def project_gated(
     gate: Float[mx.array, "*shape hidden"],
     up: Float[mx.array, "*shape hidden"],
@@ -196,11 +218,7 @@ def _project_gated_vjp(
     gate, up, weight = mx.depends(list(primals), [cotangent])
     grad_weight = _grad_weight(cotangent, nn.silu(gate) * up)
     grad, gate = mx.depends([cotangent @ weight, gate], [grad_weight])
-    grad_up = grad * nn.silu(gate)
-    gate = mx.depends(gate, grad_up)
-    sigmoid = mx.sigmoid(gate)
-    grad_gate = grad * up * (sigmoid * (1 + gate * (1 - sigmoid)))
-    return grad_gate, grad_up, grad_weight
+    return *_grad_gated(gate, up, grad), grad_weight
 
 
 class AttentionContext(NamedTuple):
@@ -317,7 +335,7 @@ class SwiGLU(nn.Module):
     def __call__(self, x: Float[mx.array, "*shape dim"]) -> Float[mx.array, "*shape dim"]:
         gate, up = self.gate_proj(x), self.up_proj(x)
         if is_frozen(self.down_proj):
-            return self.down_proj(nn.silu(gate) * up)
+            return self.down_proj(gated(gate, up))  # pyright: ignore[reportArgumentType]
         return project_gated(gate, up, self.down_proj.weight.astype(x.dtype))  # pyright: ignore[reportReturnType]
 
 
