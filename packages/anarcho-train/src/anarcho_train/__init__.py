@@ -3,6 +3,7 @@
 ``anarcho_train.steps.torch`` holds the PyTorch step; importing this package loads no framework.
 """
 
+from anarcho_train.anomalies import AnomalyDetection, NonFiniteNumbers
 from anarcho_train.checkpoint import CheckpointError, CheckpointInfo, CheckpointStore, lock_run
 from anarcho_train.config import PreferenceConfig, TrainConfig
 from anarcho_train.draws import TrainingDraws
@@ -19,6 +20,7 @@ from anarcho_train.validation import evaluate
 
 __all__ = [
     "Alone",
+    "AnomalyDetection",
     "Batch",
     "CheckpointError",
     "CheckpointInfo",
@@ -27,6 +29,7 @@ __all__ = [
     "Loop",
     "LossSum",
     "MicroBatches",
+    "NonFiniteNumbers",
     "OutOfMemory",
     "PreferenceConfig",
     "RankFailed",

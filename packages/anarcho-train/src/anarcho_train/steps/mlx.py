@@ -32,6 +32,7 @@ from anarcho_train.out_of_memory import guarded
 from anarcho_train.ranks import RankLost
 from anarcho_train.step import Batch, LossSum, StepMetrics, StepSchedule
 from anarcho_train.steps.files import OPTIMIZER_FILE, RUNTIME_FILE
+from anarcho_train.steps.mlx_anomalies import first_anomaly
 from anarcho_train.steps.mlx_memory import RandomState, agreed_memory, is_whole
 from anarcho_train.steps.mlx_ranks import MlxRanks
 from anarcho_train.steps.mlx_state import (
@@ -174,10 +175,7 @@ class MlxStep:
         return self._guarded(lambda: self._train(micro_batches, schedule=schedule))
 
     def _train(self, micro_batches: Sequence[Batch], *, schedule: StepSchedule) -> StepMetrics:
-        own = float(sum(self._loss.weight(batch) for batch in micro_batches))
-        shares = self._ranks.gathered([own, sum(len(batch.tokens) for batch in micro_batches)])
-        weight = float(shares[:, 0].sum())
-        first_row = int(shares[: self._ranks.rank, 1].sum())
+        weight, first_row = self._shares(micro_batches)
         rates = self._apply(schedule)
         scale = self._scale.scale if self._scale else 1.0
         factor = scale / weight if weight else math.nan  # A step without any weight has no mean.
@@ -217,6 +215,20 @@ class MlxStep:
             skipped=not updated,
             measures=total.means() if weight else dict.fromkeys(total.measures, math.nan),
         )
+
+    def explain(self, micro_batches: Sequence[Batch], *, schedule: StepSchedule) -> str | None:
+        """Which weights or gradients are not finite when a step is done again, without an update; of this rank's share."""
+        weight, first_row = self._shares(micro_batches)
+        gradients, _ = self._accumulate(
+            micro_batches, 1 / weight if weight else math.nan, number=schedule.number, first_row=first_row
+        )
+        return first_anomaly(self.model, gradients)
+
+    def _shares(self, micro_batches: Sequence[Batch]) -> tuple[float, int]:
+        """The weight of the micro-batches of all ranks, and which of the step's rows is the first of this rank."""
+        own = float(sum(self._loss.weight(batch) for batch in micro_batches))
+        shares = self._ranks.gathered([own, sum(len(batch.tokens) for batch in micro_batches)])
+        return float(shares[:, 0].sum()), int(shares[: self._ranks.rank, 1].sum())
 
     def evaluate(self, batch: Batch) -> LossSum:
         """The summed loss of a batch."""

@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from anarcho_train.config import TrainConfig
 from anarcho_train.interfaces import Draws
@@ -30,6 +31,7 @@ from anarcho_train.losses.torch import NextTokenLoss, answer_logprobs
 from anarcho_train.out_of_memory import guarded
 from anarcho_train.step import Batch, LossSum, StepMetrics, StepSchedule
 from anarcho_train.steps.files import OPTIMIZER_FILE, RUNTIME_FILE
+from anarcho_train.steps.torch_anomalies import CheckedLoss, first_anomaly
 from anarcho_train.steps.torch_memory import RandomState, empty_caches, forget_updates
 from anarcho_train.steps.torch_updates import UpdateSizes
 
@@ -187,7 +189,8 @@ class TorchStep:
         sizes = UpdateSizes(self._parameters_by_group()) if updated and schedule.measure_update else None
         if updated:
             self._updating = True
-            self._scaler.step(self.optimizer)
+            with record_function("optimizer"):
+                self._scaler.step(self.optimizer)
         self._scaler.update()
         rates = {_group_name(i, group): float(group["lr"]) for i, group in enumerate(self.optimizer.param_groups)}
         return StepMetrics(
@@ -199,6 +202,19 @@ class TorchStep:
             skipped=not updated,
             measures=total.means() if weight else dict.fromkeys(total.measures, math.nan),
         )
+
+    def explain(self, micro_batches: Sequence[Batch], *, schedule: StepSchedule) -> str | None:
+        """Where the first number that is not finite comes from when a step is done again, uncompiled and without an update."""
+        weight = float(sum(self._loss.weight(batch) for batch in micro_batches))
+        compiled, loss = self._logprobs, self._loss
+        self._logprobs, self._loss = self.model.token_logprobs, CheckedLoss(loss)  # type: ignore[assignment]
+        try:
+            return first_anomaly(
+                self.model, lambda: self._accumulate(micro_batches, weight, number=schedule.number) and None
+            )
+        finally:
+            self._logprobs, self._loss = compiled, loss
+            self.optimizer.zero_grad(set_to_none=True)
 
     def evaluate(self, batch: Batch) -> LossSum:
         """The summed loss of a batch."""
@@ -293,8 +309,10 @@ class TorchStep:
         for batch in micro_batches:
             draws = self._draws(batch, step=number, first_row=first_row) if self._draws else {}
             first_row += len(batch.tokens)
-            loss, measures = self._batch_loss(batch, draws)
-            self._scaler.scale(loss / weight).backward()
+            with record_function("forward"):
+                loss, measures = self._batch_loss(batch, draws)
+            with record_function("backward"):
+                self._scaler.scale(loss / weight).backward()
             total += self._sums(batch, loss, measures)
         return total
 
