@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anarcho_cli.devices import Backend, Device
+from anarcho_cli.diagnostics import Diagnostics
 
 if TYPE_CHECKING:
     from anarcho_cli.compose import RunSummary
@@ -42,6 +43,10 @@ ResumeOption = Annotated[
         help="Continue this run; --set, --allow-changes, --backend, --device, --supervise and --json go along.",
     ),
 ]
+SuperviseOption = Annotated[
+    bool,
+    typer.Option("--supervise", help="Start the training again where the system kills it; recovery.max_restarts times."),
+]
 AllowChangesOption = Annotated[
     bool,
     typer.Option(
@@ -49,13 +54,21 @@ AllowChangesOption = Annotated[
         help="Resuming, take a changed configuration that changes what is learned from here on.",
     ),
 ]
+ProfileOption = Annotated[
+    bool,
+    typer.Option("--profile", help="Record a few steps and a checkpoint with the framework's profiler into RUN/profile."),
+]
+DetectAnomalyOption = Annotated[
+    bool,
+    typer.Option("--detect-anomaly", help="End the run at the first loss or gradient that is not finite, and explain it."),
+]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Print configuration, size, memory and FLOPs of the run, and stop.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print a summary object instead of the run directory.")]
 
 
-_WITH_RESUME = ("resume", "backend", "device", "json", "overrides", "allow_changes", "supervise")
+_WITH_RESUME = ("resume", "backend", "device", "json", "overrides", "allow_changes", "supervise", "profile", "detect_anomaly")
 
 
 def refuse_with_resume(ctx: typer.Context) -> None:
@@ -126,6 +139,7 @@ def resume_run(
     json: bool,
     overrides: Sequence[str] = (),
     allow_changes: bool = False,
+    diagnostics: Diagnostics | None = None,
 ) -> None:
     """Continue a run in the framework and on the device of before unless others are given; refuses all other options."""
     from anarcho_cli.devices import resolve_backend
@@ -135,6 +149,8 @@ def resume_run(
     run = existing_run(path)
     last_backend, last_device = recorded_place(run)
     framework = resolve_backend(backend or last_backend)
+    if diagnostics is not None:
+        diagnostics.require_possible(backend=framework.value)
     wanted = device if given(ctx, "device") else Device(last_device or device)
     resolved = chosen_device(wanted, backend=framework)
 
@@ -151,6 +167,7 @@ def resume_run(
             overrides=overrides,
             allow_changes=allow_changes,
             ranks=ranks,
+            diagnostics=diagnostics,
         )
         finish(summary, json=json)
 
@@ -168,6 +185,7 @@ def start_run(
     json: bool,
     tokenizer: Path | None = None,
     base: Path | None = None,
+    diagnostics: Diagnostics | None = None,
 ) -> None:
     """Train a new run on rows of a kind, or with ``dry_run`` say what it would cost."""
     from anarcho_cli.runs import new_run_directory
@@ -194,6 +212,8 @@ def start_run(
     from anarcho_cli.launching import connected
 
     resolve_backend(backend)
+    if diagnostics is not None:
+        diagnostics.require_possible(backend=backend.value)
     with connected(config, backend=backend.value) as ranks:
         directory = runs_dir
         with after_first(ranks):
@@ -207,6 +227,7 @@ def start_run(
             tokenizer_path=tokenizer,
             base=base,
             ranks=ranks,
+            diagnostics=diagnostics,
         )
         finish(summary, json=json)
 

@@ -8,19 +8,24 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from anarcho_cli.devices import Device
+from anarcho_cli.diagnostics import Diagnostics
 from anarcho_cli.training_commands import (
     AllowChangesOption,
     BackendOption,
+    DetectAnomalyOption,
     DeviceOption,
     DryRunOption,
     FileOption,
     JsonOption,
     NameOption,
     PresetOption,
+    ProfileOption,
     ResumeOption,
     RunsDirOption,
     SetOption,
+    SuperviseOption,
     chosen_backend,
+    refuse_with_resume,
     resume_run,
     start_run,
 )
@@ -47,6 +52,9 @@ def pretrain(
     backend: BackendOption = None,
     resume: ResumeOption = None,
     allow_changes: AllowChangesOption = False,
+    supervise: SuperviseOption = False,
+    profile: ProfileOption = False,
+    detect_anomaly: DetectAnomalyOption = False,
     dry_run: DryRunOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -55,7 +63,13 @@ def pretrain(
     With no option it trains the quickstart model on the embedded corpus. Progress goes to standard error; the last line
     of standard output is the run directory.
     """
+    diagnostics = Diagnostics(profile=profile, detect_anomaly=detect_anomaly)
     if resume is not None:
+        if supervise:
+            refuse_with_resume(ctx)
+            from anarcho_cli.supervision import supervise_resumed
+
+            supervise_resumed(resume, overrides=overrides or [])
         resume_run(
             ctx,
             resume,
@@ -64,10 +78,16 @@ def pretrain(
             json=json,
             overrides=overrides or [],
             allow_changes=allow_changes,
+            diagnostics=diagnostics,
         )
         return
+    config = _configuration(preset=preset, file=file, overrides=overrides or [], data=data, tokenizer=tokenizer)
+    if supervise and not dry_run:
+        from anarcho_cli.supervision import supervise_new
+
+        supervise_new(config, runs_dir=runs_dir, name=name, preset=preset)
     start_run(
-        _configuration(preset=preset, file=file, overrides=overrides or [], data=data, tokenizer=tokenizer),
+        config,
         kind="text",
         runs_dir=runs_dir,
         name=name,
@@ -77,6 +97,7 @@ def pretrain(
         dry_run=dry_run,
         json=json,
         tokenizer=tokenizer,
+        diagnostics=diagnostics,
     )
 
 

@@ -7,19 +7,24 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from anarcho_cli.devices import Device
+from anarcho_cli.diagnostics import Diagnostics
 from anarcho_cli.training_commands import (
     AllowChangesOption,
     BackendOption,
+    DetectAnomalyOption,
     DeviceOption,
     DryRunOption,
     FileOption,
     JsonOption,
     NameOption,
     PresetOption,
+    ProfileOption,
     ResumeOption,
     RunsDirOption,
     SetOption,
+    SuperviseOption,
     chosen_backend,
+    refuse_with_resume,
     resume_run,
     start_run,
 )
@@ -58,10 +63,19 @@ def tuning_command(kind: str, *, preset: str, doc: str) -> Callable[..., None]:
         backend: BackendOption = None,
         resume: ResumeOption = None,
         allow_changes: AllowChangesOption = False,
+        supervise: SuperviseOption = False,
+        profile: ProfileOption = False,
+        detect_anomaly: DetectAnomalyOption = False,
         dry_run: DryRunOption = False,
         json: JsonOption = False,
     ) -> None:
+        diagnostics = Diagnostics(profile=profile, detect_anomaly=detect_anomaly)
         if resume is not None:
+            if supervise:
+                refuse_with_resume(ctx)
+                from anarcho_cli.supervision import supervise_resumed
+
+                supervise_resumed(resume, overrides=overrides or [])
             resume_run(
                 ctx,
                 resume,
@@ -70,6 +84,7 @@ def tuning_command(kind: str, *, preset: str, doc: str) -> Callable[..., None]:
                 json=json,
                 overrides=overrides or [],
                 allow_changes=allow_changes,
+                diagnostics=diagnostics,
             )
             return
         from anarcho_cli.models import ModelNotFoundError, find_model
@@ -77,8 +92,13 @@ def tuning_command(kind: str, *, preset: str, doc: str) -> Callable[..., None]:
         if base is None:
             raise ModelNotFoundError("--from is missing; expected the run, checkpoint or model directory to tune")
         model = find_model(base)
+        config = configuration(model, preset=preset, file=file, overrides=overrides or [], data=data)
+        if supervise and not dry_run:
+            from anarcho_cli.supervision import supervise_new
+
+            supervise_new(config, runs_dir=runs_dir, name=name, preset=preset)
         start_run(
-            configuration(model, preset=preset, file=file, overrides=overrides or [], data=data),
+            config,
             kind=kind,
             runs_dir=runs_dir,
             name=name,
@@ -89,6 +109,7 @@ def tuning_command(kind: str, *, preset: str, doc: str) -> Callable[..., None]:
             json=json,
             tokenizer=model,
             base=model,
+            diagnostics=diagnostics,
         )
 
     tune.__doc__ = doc
