@@ -140,7 +140,7 @@ _USUAL_NORMALIZATION = {"dpo": False, "ipo": True, "simpo": True, "orpo": True, 
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceConfig:
-    """The loss of preference tuning; `anarcho_train.losses.torch_preference` has the formulas and their papers."""
+    """The loss of preference tuning; `anarcho_train.losses.preference` has the formulas and their papers."""
 
     loss: PreferenceLossName = "dpo"
     """What is learned from a pair of answers; `simpo` and `orpo` need no reference."""

@@ -63,7 +63,7 @@ class StageLoss(Protocol):
         """The arrays of the batch that the loss reads besides log-probabilities; they reach it as tensors on the model's device."""
         ...
 
-    def __call__(self, logprobs: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, logprobs: Tensor, arrays: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """From ``logprobs`` float32 (batch, length) the loss, a scalar with a gradient, and further measures, scalars without one."""
         ...
 
