@@ -97,7 +97,7 @@ class Loop:
     settings: dict[str, Any] = field(default_factory=dict)
     """The configuration as JSON values, which each checkpoint keeps."""
     announcements: list[dict[str, Any]] = field(default_factory=list)
-    """Events of the beginning of this attempt: a ``message`` each, and further values."""
+    """Events of the beginning of this attempt, and what the data adds as it is read: a ``message`` each, and further values."""
     checkpoint_bytes: int = 0
     """What a checkpoint takes on the disk, about; no smaller space is begun to be filled."""
 
@@ -162,8 +162,7 @@ class Loop:
         """Trains up to the configured number of steps, or until early stopping or a signal, and returns how it ended."""
         self.throughput.begin(self._result.step)
         self._write("start", **self.facts)
-        for announcement in self.announcements:
-            self._event(**announcement)
+        self._announce()
         with StopSignal() as stop:
             try:
                 while not self._make_steps(stop):
@@ -355,7 +354,8 @@ class Loop:
         what = f"out of memory {where} ({error}); from now on, {self._micro} go through the model at once"
         self._event(what, fault="memory", micro_batch_tokens=self._micro.tokens)
         if torn:
-            raise OutOfMemory(str(error), torn=True)
+            # A process that evaluates alone cannot go back alone: it ends, and the others with it.
+            raise OutOfMemory(str(error), torn=not alone or self.ranks.size == 1)
 
     def _go_back(self, error: OutOfMemory) -> None:
         """Restores the newest state that is whole, after an update that had begun; the same samples come again."""
@@ -489,6 +489,10 @@ class Loop:
         step = -1 if path is None else int(self.checkpoints.read_state(path)["step"])
         found = int(self.ranks.gathered([step])[0, 0])
         return None if found < 0 else found
+
+    def _announce(self) -> None:
+        while self.announcements:
+            self._event(**self.announcements.pop(0))
 
     def _event(self, message: str, **fields: Any) -> None:
         self._write("event", message=message, **fields)

@@ -8,10 +8,10 @@ goes on keeps it, so that its steps are cut alike, unless it does not fit any mo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from anarcho_train import LinearPeak, divisors
+from anarcho_train import LinearPeak, Ranks, divisors
 
 from anarcho_cli.config import RunConfig
 from anarcho_cli.fitting.budget import LEAST_TOKENS, USED_SHARE, USEFUL_TOKENS, forecast_bytes, with_size
@@ -98,6 +98,19 @@ def kept(config: RunConfig, record: Mapping[str, Any], *, backend: str, device: 
         budget_bytes=budget_bytes,
         sequences=_candidates(config)[-1],
         reason="as before",
+    )
+
+
+def agreed(fit: Fit | None, ranks: Ranks) -> Fit | None:
+    """The smallest of what the processes of a run have found, so that their steps are cut alike."""
+    if fit is None:
+        return None
+    found = ranks.gathered([fit.micro_batch, fit.gradient_checkpointing, fit.needed_bytes])
+    return replace(
+        fit,
+        micro_batch=int(found[:, 0].min()),
+        gradient_checkpointing=bool(found[:, 1].any()),
+        needed_bytes=int(found[:, 2].max()),
     )
 
 
