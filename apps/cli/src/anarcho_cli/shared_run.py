@@ -29,7 +29,7 @@ SHARED_SECONDS = 60.0
 """How long what one machine has written may take to be seen by another one; NFS remembers directories for up to a minute."""
 
 _POLL_SECONDS = 0.1
-_INHERIT_SECONDS = 5.0
+_INHERIT_SECONDS = 2.0
 _PACKAGES = ("anarcho-tokenize", "anarcho-model", "anarcho-optim", "anarcho-train", "anarcho-monitor", "anarcho-cli")
 
 
