@@ -26,6 +26,7 @@ from anarcho_cli import config as configuration
 from anarcho_cli.back_ends import BackEnd, back_end
 from anarcho_cli.config import RunConfig
 from anarcho_cli.data import RunData, open_run_data
+from anarcho_cli.diagnostics import Diagnostics, diagnosed
 from anarcho_cli.disk_space import require_disk_space
 from anarcho_cli.fitting.run_fit import find_fit
 from anarcho_cli.models import CHECKPOINTS
@@ -81,6 +82,7 @@ def train(
     tokenizer_path: Path | None = None,
     base: Path | None = None,
     ranks: Ranks | None = None,
+    diagnostics: Diagnostics | None = None,
 ) -> RunSummary:
     """Starts a run in ``run_directory``, which must not exist, and trains it to its end with a framework, `torch` or `mlx`.
 
@@ -115,7 +117,15 @@ def train(
             note(f"stopped before the training began; continue with --resume {run_directory}")
             raise
         return _train(
-            run_directory, config, data, framework, device=device, started=started, ranks=ranks, inherits=inherits
+            run_directory,
+            config,
+            data,
+            framework,
+            device=device,
+            started=started,
+            ranks=ranks,
+            inherits=inherits,
+            diagnostics=diagnostics,
         )
 
 
@@ -127,6 +137,7 @@ def resume(
     overrides: Sequence[str] = (),
     allow_changes: bool = False,
     ranks: Ranks | None = None,
+    diagnostics: Diagnostics | None = None,
 ) -> RunSummary:
     """Continues a run from its newest valid checkpoint, or from the beginning where it has none.
 
@@ -172,6 +183,7 @@ def resume(
             changes=changes,
             ranks=ranks,
             inherits=inherits,
+            diagnostics=diagnostics,
         )
 
 
@@ -225,6 +237,7 @@ def _train(
     inherits: Callable[[], bool],
     checkpoint: Path | None = None,
     changes: Sequence[Change] = (),
+    diagnostics: Diagnostics | None = None,
 ) -> RunSummary:
     """Trains from the beginning, or on from a checkpoint since which ``changes`` were made to the configuration."""
     config = _with_steps(config, data)
@@ -263,7 +276,9 @@ def _train(
             loop.announcements.append(fit.event())
         if changes:
             loop.announcements.append(announcement(changes))
-        result = loop.run()
+        wanted = diagnostics or Diagnostics()
+        with diagnosed(loop, run_directory, wanted, backend=framework.NAME, device=device):
+            result = loop.run()
         sample = None if result.stopped_by or ranks.rank else write_sample(config, framework, step, tokenizer)
         if sample is not None:
             progress_sinks.write("sample", step=result.step, tokens=result.tokens, text=sample)

@@ -40,7 +40,8 @@ ResumeOption = Annotated[
     typer.Option(
         "--resume",
         metavar="RUN",
-        help="Continue this run; --set, --allow-changes, --backend, --device, --supervise and --json go along.",
+        help="Continue this run; --set, --allow-changes, --backend, --device, --supervise, --profile, --detect-anomaly "
+        "and --json go along.",
     ),
 ]
 SuperviseOption = Annotated[
@@ -56,11 +57,11 @@ AllowChangesOption = Annotated[
 ]
 ProfileOption = Annotated[
     bool,
-    typer.Option("--profile", help="Record a few steps and a checkpoint with the framework's profiler into RUN/profile."),
+    typer.Option("--profile", help="Record a few steps with the framework's profiler, into the run's folder profile."),
 ]
 DetectAnomalyOption = Annotated[
     bool,
-    typer.Option("--detect-anomaly", help="End the run at the first loss or gradient that is not finite, and explain it."),
+    typer.Option("--detect-anomaly", help="End the run at the first loss or gradient that is not finite, and say why."),
 ]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Print configuration, size, memory and FLOPs of the run, and stop.")
@@ -68,7 +69,10 @@ DryRunOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print a summary object instead of the run directory.")]
 
 
-_WITH_RESUME = ("resume", "backend", "device", "json", "overrides", "allow_changes", "supervise", "profile", "detect_anomaly")
+_WITH_RESUME = (
+    *("resume", "backend", "device", "json", "overrides", "allow_changes", "supervise"),
+    *("profile", "detect_anomaly"),
+)
 
 
 def refuse_with_resume(ctx: typer.Context) -> None:
