@@ -16,7 +16,7 @@ import mlx.core as mx
 import torch
 from anarcho_cli.back_ends import mlx
 from anarcho_cli.back_ends import torch as pytorch
-from anarcho_cli.back_ends.settings import ADAPTER
+from anarcho_cli.back_ends.run_model import ADAPTER
 from anarcho_cli.config import RunConfig, resolve
 from anarcho_model import InitConfig, ModelConfig, weights, weights_mlx
 from anarcho_model.lora.config import adapter_shapes

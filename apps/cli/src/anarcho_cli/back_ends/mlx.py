@@ -20,7 +20,8 @@ from anarcho_model.generate.sampling import SamplingConfig
 from anarcho_monitor import read_memory
 from anarcho_tokenize import AnyTokenizer
 
-from anarcho_cli.back_ends.settings import ADAPTER, adapter_groups, require_fitting, special_tokens, training_draws
+from anarcho_cli.back_ends.run_model import RunModel
+from anarcho_cli.back_ends.settings import require_fitting, training_draws
 from anarcho_cli.config import RunConfig
 from anarcho_cli.output import note
 
@@ -91,8 +92,11 @@ def make_step(
 ) -> MlxStep:
     """As `BackEnd.make_step`."""
     import mlx.core as mx
+    from anarcho_model import weights_mlx
+    from anarcho_model.lora import mlx as lora
+    from anarcho_model.lora import peft_mlx
     from anarcho_model.mlx import GPT
-    from anarcho_optim.mlx import MuonAdamW
+    from anarcho_optim.mlx import MuonAdamW, param_groups
     from anarcho_train.losses.mlx_preference import PreferenceLoss
     from anarcho_train.steps.mlx import MlxStep
     from anarcho_train.steps.mlx_ranks import MlxRanks
@@ -101,21 +105,17 @@ def make_step(
     _use(device)
     mx.random.seed(config.train.seed)  # Nothing is drawn from it; but checkpoints hold it, and are to be equal.
     model = GPT(config.model)
-    _set_first_weights(model, config, base)
-    if config.lora.rank:
-        from anarcho_model.lora.mlx import add_adapter
-
-        add_adapter(model, config.lora, seed=config.train.seed)
-    model.gradient_checkpointing = config.train.gradient_checkpointing is True
+    own = RunModel(config=config, tokenizer=tokenizer, base=base, weights=weights_mlx, lora=lora, peft=peft_mlx)
+    own.prepare(model)
     return MlxStep(
         model,
-        MuonAdamW(_groups(model, config)),
+        MuonAdamW(own.groups(model, routing=param_groups)),
         config=config.train,
         loss=PreferenceLoss(config.preference) if config.data.kind == "preference" else None,
         draws=training_draws(config),
-        save_model=lambda trained, directory: _save_model(trained, directory, config, tokenizer),
-        load_model=_load_model,
-        begin=_beginning(model, config, base),
+        save_model=own.save,
+        load_model=own.load,
+        begin=_beginning(model, own),
         flops=config.flops_per_token * config.total_tokens,
         ranks=ranks if isinstance(ranks, MlxRanks) else None,
         notify=note,
@@ -149,54 +149,14 @@ def _use(device: str) -> None:
     mx.set_default_device(mx.cpu if device == "cpu" else mx.gpu)
 
 
-def _set_first_weights(model: GPT, config: RunConfig, base: Path) -> None:
-    """The weights of the directory ``base`` where that is there, else random ones."""
-    from anarcho_model.weights_mlx import load_weights
-
-    if base.is_dir():
-        load_weights(model, base)
-    else:
-        model.init_weights(seed=config.train.seed, init=config.init)
-
-
-def _beginning(model: GPT, config: RunConfig, base: Path) -> Callable[[Any], None]:
+def _beginning(model: GPT, own: RunModel) -> Callable[[Any], None]:
     """Gives the model the weights that it has now; an adapter's are few enough to be kept, the others are made anew."""
-    first = model.trainable_parameters() if config.lora.rank else None
+    first = None if model.adapter is None else model.trainable_parameters()
 
     def begin(model: GPT) -> None:
         if first is None:
-            _set_first_weights(model, config, base)
+            own.set_first_weights(model)
         else:
             model.update(first)
 
     return begin
-
-
-def _groups(model: GPT, config: RunConfig) -> Any:
-    """The groups of the optimizer; an adapter's thin matrices are Muon's only if the configuration says so."""
-    from anarcho_model.lora.mlx import adapter_parameters
-    from anarcho_optim.mlx import param_groups
-
-    return adapter_groups(config, adapter_parameters(model).items()) or param_groups(model, config=config.optim)
-
-
-def _save_model(model: Any, directory: Path, config: RunConfig, tokenizer: AnyTokenizer) -> None:
-    """A model directory that is whole in itself; an adapter, which is merged into its weights, lies in a folder of its own, too."""
-    from anarcho_model.lora.peft_mlx import save_adapter
-    from anarcho_model.weights_mlx import save_pretrained
-
-    save_pretrained(model, directory, **special_tokens(config, tokenizer))
-    tokenizer.save(directory)
-    if model.adapter is not None:
-        save_adapter(model, directory / ADAPTER)
-
-
-def _load_model(model: Any, directory: Path) -> None:
-    """What is trained: all weights, or those of the adapter, since the base's are there already."""
-    from anarcho_model.lora.peft_mlx import load_adapter
-    from anarcho_model.weights_mlx import load_weights
-
-    if model.adapter is None:
-        load_weights(model, directory)
-    else:
-        load_adapter(model, directory / ADAPTER)

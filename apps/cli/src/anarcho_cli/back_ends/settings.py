@@ -1,18 +1,13 @@
-"""What follows from the configuration of a run, whichever the framework: special tokens, random draws, and how an adapter is kept."""
+"""What follows from the configuration of a run, whichever the framework: special tokens and random draws."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
-from anarcho_optim.groups import adamw_options
 from anarcho_tokenize import AnyTokenizer, end_of_message
 from anarcho_train import TrainingDraws
 
 from anarcho_cli.config import RunConfig
-
-ADAPTER = "adapter"
-"""The folder of a checkpoint with the adapter, in PEFT's format."""
 
 
 def stop_token_ids(config: RunConfig, tokenizer: AnyTokenizer) -> tuple[int, ...]:
@@ -35,13 +30,6 @@ def training_draws(config: RunConfig) -> TrainingDraws | None:
     return TrainingDraws(
         seed=config.train.seed, dim=config.model.dim, neftune_alpha=config.train.neftune_alpha, dropout=dropout
     )
-
-
-def adapter_groups(config: RunConfig, named: Iterable[tuple[str, Any]]) -> list[dict[str, Any]] | None:
-    """The group of an adapter's thin matrices by name, where AdamW trains them all; None where they are routed as a model's are."""
-    if not config.lora.rank or config.lora.optimizer == "muon":
-        return None
-    return [{"name": "adapter", "params": list(named), **adamw_options(config.optim)}]
 
 
 def require_fitting(config: RunConfig, tokenizer: AnyTokenizer) -> None:
