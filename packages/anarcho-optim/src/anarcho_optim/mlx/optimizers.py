@@ -74,13 +74,20 @@ def _pairs(gradients: Any, parameters: Any, known: Iterable[str]) -> dict[str, t
     return pairs
 
 
+def _gated(rates: Mapping[str, mx.array], where: mx.array | None) -> Mapping[str, mx.array]:
+    """The rates of a group, of which the learning rate is 0 where ``where`` is false."""
+    return rates if where is None else {**rates, "lr": mx.where(where, rates["lr"], 0.0)}
+
+
 def _muon(
     pairs: Mapping[str, tuple[mx.array, mx.array]],
     state: Mapping[str, dict[str, mx.array]],
     options: Mapping[str, Mapping[str, Any]],
     rates: Mapping[str, Mapping[str, mx.array]],
+    *,
+    where: mx.array | None = None,
 ) -> dict[str, Result]:
-    """Muon's step by parameter name, from the four mappings by name."""
+    """Muon's step by parameter name, from the four mappings by name; where ``where`` is false, rates must be 0."""
     inputs = [
         MuonInput(
             weight=weight,
@@ -88,6 +95,7 @@ def _muon(
             state=state[name],
             blocks=blocks(weight.shape, options[name], where=f"parameter {name}"),
             options=options[name],
+            where=where,
             **{key: rates[name][key].astype(mx.float32) for key in SCHEDULED},
         )
         for name, (weight, gradient) in pairs.items()
@@ -194,16 +202,19 @@ class MuonAdamW(Optimizer):
             return self._state[HYPERPARAMETERS][group]
         return self._state[path] if path else self._state
 
-    def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
+    def apply_gradients(self, gradients: Any, parameters: Any, *, where: mx.array | None = None) -> Any:
         """The updated parameters as a tree like ``gradients``, of which ``parameters``, also a tree, may be a superset; updates the state.
 
-        Raises ValueError for a gradient whose parameter is unknown or of another shape.
+        Where the boolean scalar ``where`` is false, parameters and state stay as they are, whatever the gradients hold: a step that turns
+        out not to be finite is left out without waiting for its numbers. Raises ValueError for a gradient whose parameter is unknown or of
+        another shape.
         """
         pairs = _pairs(gradients, parameters, self._group_of)
         groups = self._group_of
         matrices = {name: pair for name, pair in pairs.items() if groups[name]["algorithm"] == "muon"}
-        rates = {name: self._state[HYPERPARAMETERS][groups[name]["name"]] for name in pairs}
-        results = _muon(matrices, self._state, groups, rates)
+        by_group = {name: _gated(rates, where) for name, rates in self._state[HYPERPARAMETERS].items()}
+        rates = {name: by_group[groups[name]["name"]] for name in pairs}
+        results = _muon(matrices, self._state, groups, rates, where=where)
         for name, (weight, gradient) in pairs.items():
             if name not in matrices:
                 results[name] = adamw_step(
@@ -214,10 +225,11 @@ class MuonAdamW(Optimizer):
                     weight_decay=rates[name]["weight_decay"],
                     betas=groups[name]["betas"],
                     eps=groups[name]["eps"],
+                    where=where,
                 )
         for name, (_, state) in results.items():
             self._state[name].update(state)
-        self._state["step"] = self.step + 1
+        self._state["step"] = self.step + (1 if where is None else where.astype(self.step.dtype))
         return tree_map_with_path(lambda name, _: results[name][0], gradients)
 
 

@@ -43,6 +43,8 @@ class MuonInput:
     lr: mx.array
     weight_decay: mx.array
     momentum: mx.array
+    where: mx.array | None = None
+    """A boolean scalar: if it is false, the result is what there was; ``lr`` must then be 0."""
 
 
 def muon_step(inputs: Sequence[MuonInput]) -> list[Result]:
@@ -78,8 +80,11 @@ def _start(item: MuonInput, before: list[mx.array]) -> tuple[mx.array, list[mx.a
     """The new momentum and the blocks of the update as (count, rows, columns) stacks, not earlier than ``before`` is evaluated."""
     # It is the momentum that waits: what the caller makes of the gradient, such as clipping it, is then part of the same kernel.
     old = mx.depends([item.state["momentum"]], before)[0] if before else item.state["momentum"]
+    gradient = item.gradient.astype(mx.float32)
+    if item.where is not None:  # a momentum is its own mean with itself
+        gradient = mx.where(item.where, gradient, old)
     blocks = item.blocks
-    momentum, update = advance_momentum(old, item.gradient, rate=item.momentum, nesterov=item.options["nesterov"])
+    momentum, update = advance_momentum(old, gradient, rate=item.momentum, nesterov=item.options["nesterov"])
     pieces = _split(update.reshape(blocks.count, blocks.rows, blocks.columns), blocks.sizes, blocks.split_dim + 1)
     return momentum, [equilibrate_rows(piece) for piece in pieces] if item.options["row_equilibration"] else pieces
 
@@ -100,8 +105,8 @@ def _finish(item: MuonInput, momentum: mx.array, orthogonal: list[list[mx.array]
         mx.concatenate(runs) if runs else mx.zeros((blocks.count, *shape))
         for runs, shape in zip(orthogonal, blocks.shapes, strict=True)
     ]
-    update, state = _scaled_update(whole, item)
-    return _apply_update(item, update), {"momentum": momentum} | state
+    update, scale, state = _update(whole, item)
+    return _apply_update(item, update, scale), {"momentum": momentum} | state
 
 
 def advance_momentum(
@@ -145,8 +150,11 @@ def normalize_neurons(orthogonal: mx.array, mean_sq: mx.array, *, beta2: float, 
     return normalized * (frobenius_norm(orthogonal) * reciprocal(frobenius_norm(normalized))), mean_sq
 
 
-def _scaled_update(orthogonal: list[mx.array], item: MuonInput) -> tuple[mx.array, dict[str, mx.array]]:
-    """S O of one parameter, in its shape, and the state besides the momentum; ``orthogonal`` holds its blocks."""
+def _update(orthogonal: list[mx.array], item: MuonInput) -> tuple[mx.array, float, dict[str, mx.array]]:
+    """O and S of one parameter, or S O and 1 where its blocks differ in S, and the state besides the momentum.
+
+    ``orthogonal`` holds the blocks; the update has the parameter's shape.
+    """
     blocks, options = item.blocks, item.options
     dim, axis = blocks.split_dim + 1, options["normuon_axis"]
     state = {}
@@ -159,22 +167,23 @@ def _scaled_update(orthogonal: list[mx.array], item: MuonInput) -> tuple[mx.arra
             for o, v in zip(orthogonal, means, strict=True)
         ]
         orthogonal = [o for o, _ in pairs]
-        state["neuron_mean_sq"] = mx.concatenate([v for _, v in pairs], axis=dim).reshape(mean_sq.shape)
-    scaled = [
-        o * shape_scale(options["adjust_lr_fn"], *shape)
-        for o, shape in zip(orthogonal, blocks.shapes, strict=True)
-        if o.size
-    ]
-    return mx.concatenate(scaled, axis=dim).reshape(item.weight.shape), state
+        new = mx.concatenate([v for _, v in pairs], axis=dim).reshape(mean_sq.shape)
+        state["neuron_mean_sq"] = new if item.where is None else mx.where(item.where, new, mean_sq)
+    scales = [shape_scale(options["adjust_lr_fn"], *shape) for shape in blocks.shapes]
+    common = scales[0] if len(set(scales)) == 1 else None
+    if common is None:
+        orthogonal = [o * scale for o, scale in zip(orthogonal, scales, strict=True) if o.size]
+    update = orthogonal[0] if len(orthogonal) == 1 else mx.concatenate(orthogonal, axis=dim)
+    return update.reshape(item.weight.shape), 1.0 if common is None else common, state
 
 
-def _apply_update(item: MuonInput, update: mx.array) -> mx.array:
+def _apply_update(item: MuonInput, update: mx.array, scale: float) -> mx.array:
     """W <- W - lr wd W - lr S O, rounded once; cautious decay leaves entries alone that the update moves away from zero."""
     w = item.weight.astype(mx.float32)
     decayed = w - item.lr * item.weight_decay * w
     if item.options["cautious_weight_decay"]:
         decayed = mx.where(update * w >= 0, decayed, w)
-    return (decayed - item.lr * update).astype(item.weight.dtype)
+    return (decayed - item.lr * scale * update).astype(item.weight.dtype)
 
 
 def _bias_correction(beta: float, step: mx.array) -> mx.array:
@@ -191,10 +200,12 @@ def adamw_step(
     weight_decay: mx.array,
     betas: tuple[float, float],
     eps: float,
+    where: mx.array | None = None,
 ) -> tuple[mx.array, dict[str, mx.array]]:
     """The new weight and the new state of one parameter, as torch.optim.AdamW defines them.
 
-    ``state`` holds ``exp_avg`` and ``exp_avg_sq``, float32 of the weight's shape, and the 0-D float32 ``step``.
+    ``state`` holds ``exp_avg`` and ``exp_avg_sq``, float32 of the weight's shape, and the 0-D float32 ``step``. Where the boolean scalar
+    ``where`` is false, both stay as they are.
     """
     w, g = weight.astype(mx.float32), gradient.astype(mx.float32)
     step = state["step"] + 1
@@ -203,4 +214,8 @@ def adamw_step(
     denominator = mx.sqrt(mean_sq) / mx.sqrt(_bias_correction(betas[1], step)) + eps
     w = w - lr * weight_decay * w
     w = w - lr / _bias_correction(betas[0], step) * (mean / denominator)
-    return w.astype(weight.dtype), {"exp_avg": mean, "exp_avg_sq": mean_sq, "step": step}
+    new = {"exp_avg": mean, "exp_avg_sq": mean_sq, "step": step}
+    if where is None:
+        return w.astype(weight.dtype), new
+    kept = {key: mx.where(where, value, state[key]) for key, value in new.items()}
+    return mx.where(where, w.astype(weight.dtype), weight), kept

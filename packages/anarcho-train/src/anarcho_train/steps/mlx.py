@@ -160,6 +160,7 @@ class MlxStep:
         self._token_logprobs: Callable[..., mx.array] = model.token_logprobs  # type: ignore[assignment]
         self._accepted = inspect.signature(self._token_logprobs).parameters
         optimizer.init(model.trainable_parameters())
+        self._leaves_out = "where" in inspect.signature(optimizer.apply_gradients).parameters
         self._param_groups = param_groups(optimizer)
         for param_group in self._param_groups:
             param_group.setdefault("initial_lr", param_group["lr"])
@@ -185,25 +186,25 @@ class MlxStep:
                 mx.eval(gradients, sums)
         self._ranks.sum(gradients)
         norm = self._norm(gradients, mx.array(1 / scale))
+        several = self._ranks.size > 1
+        # Several ranks must have told each other of their losses before any of them changes its weights.
+        total = self._total(micro_batches, sums, weight) if several else LossSum()
+        loss = mx.array(total.loss) if several else mx.stack([values["loss"] for values in sums]).sum()
+        wanted = mx.isfinite(norm) & mx.isfinite(loss)
+        if schedule.max_loss is not None:
+            wanted = wanted & (loss <= schedule.max_loss * weight)
+        mx.async_eval(norm, wanted)
         sizes = UpdateSizes(self.model, self._members) if schedule.measure_update else None
-        before = self._references()
-        self._update(gradients, self._clipping(norm, scale))  # Put together while the gradient is being computed.
-        finite = updated = False
-        try:
-            grad_norm = _number(norm)
-            total = self._summed(sum(map(self._sums, micro_batches, sums), LossSum()), weight)
-            finite = math.isfinite(total.loss) and math.isfinite(grad_norm)
-            updated = finite and weight > 0 and (schedule.max_loss is None or total.loss / weight <= schedule.max_loss)
-        finally:
-            if not updated:
-                self._put_back(before)
-        del before, gradients  # Their memory serves the update.
-        if updated:
-            self._updating = True
-            # A rank that is lost here is missed at the next exchange, when this step has been counted.
-            with suppress(RankLost), agreed_memory(self._ranks):
-                # The update goes on while the next step is put together.
-                mx.async_eval(self.model.parameters(), self.optimizer.state)
+        self._updating = True
+        # A rank that is lost here is missed at the next exchange, when this step has been counted.
+        with suppress(RankLost), agreed_memory(self._ranks):
+            self._update(gradients, self._clipping(norm, scale), wanted)
+            del gradients  # Its memory serves what comes next.
+            mx.async_eval(self.model.parameters(), self.optimizer.state)
+        # The numbers are there before the update is, which goes on while the next step is put together.
+        grad_norm, updated = _number(norm), bool(_number(wanted))
+        total = total if several else self._total(micro_batches, sums, weight)
+        finite = math.isfinite(total.loss) and math.isfinite(grad_norm)
         if self._scale:
             self._scale.update(finite=finite)
         return StepMetrics(
@@ -349,24 +350,23 @@ class MlxStep:
         others = {name: array for name, array in inputs.items() if name not in ("tokens", "targets")}
         return self._token_logprobs(inputs["tokens"], inputs["targets"], **others)
 
-    def _apply_gradients(self, gradients: Any, factor: mx.array) -> None:
+    def _apply_gradients(self, gradients: Any, factor: mx.array, wanted: mx.array) -> None:
+        """The update with ``factor`` times the gradients; none where ``wanted`` is false."""
         scaled = tree_map(lambda gradient: gradient * factor, gradients)
-        self.model.update(self.optimizer.apply_gradients(scaled, self.model.trainable_parameters()))
+        weights = self.model.trainable_parameters()
+        if self._leaves_out:
+            self.model.update(self.optimizer.apply_gradients(scaled, weights, where=wanted))  # type: ignore[call-arg]
+            return
+        state = [(container, key, container[key]) for _, container, key in leaves(self.optimizer.state)]
+        new = self.optimizer.apply_gradients(scaled, weights)
+        self.model.update(tree_map(lambda after, before: mx.where(wanted, after, before), new, weights))
+        for container, key, before in state:
+            if container[key] is not before:
+                container[key] = mx.where(wanted, container[key], before)
 
     def _clipping(self, norm: mx.array, scale: float) -> mx.array:
         """The factor of the gradient that bounds its norm and takes the loss scale out of it."""
         return (mx.minimum(1.0, self._grad_clip / (norm + 1e-6)) if self._grad_clip else mx.array(1.0)) / scale
-
-    def _references(self) -> tuple[Any, list[tuple[Any, Any, mx.array]]]:
-        """The arrays of weights and state, of which an update makes new ones."""
-        state = [(container, key, container[key]) for _, container, key in leaves(self.optimizer.state)]
-        return self.model.trainable_parameters(), state
-
-    def _put_back(self, references: tuple[Any, list[tuple[Any, Any, mx.array]]]) -> None:
-        weights, state = references
-        self.model.update(weights)
-        for container, key, array in state:
-            container[key] = array
 
     def _apply(self, schedule: StepSchedule) -> dict[str, float]:
         """Sets what the schedules change, and returns the learning rates by group."""
@@ -416,8 +416,9 @@ class MlxStep:
         numbers = {name: _number(value) for name, value in values.items()}
         return LossSum(loss=numbers.pop("loss"), weight=self._loss.weight(batch), measures=numbers)
 
-    def _summed(self, total: LossSum, weight: float) -> LossSum:
-        """The sum over the ranks, whose weights together are ``weight``."""
+    def _total(self, micro_batches: Sequence[Batch], sums: Sequence[dict[str, mx.array]], weight: float) -> LossSum:
+        """The sum over the micro-batches of all ranks, whose weights together are ``weight``."""
+        total = sum(map(self._sums, micro_batches, sums), LossSum())
         names = sorted(total.measures)
         shares = self._ranks.gathered([total.loss, *(total.measures[name] for name in names)])
         loss, *measures = shares.sum(axis=0).tolist()
