@@ -136,7 +136,8 @@ class _Search:
         size = self._largest(lambda n: self._forecast(n, checkpointing)) or self._sizes[0]
         largest = self._sizes[-1]
         far = self._forecast(largest, checkpointing) <= FORECAST_SHARE * self._limit
-        if far or probe is None or len(self._sizes) == 1:
+        settled = len(self._sizes) == 1 and (checkpointing or self._config.train.gradient_checkpointing != "auto")
+        if far or settled or probe is None:
             how = f"the forecast of {bytes_text(self._forecast(size, checkpointing))}"
             reason = f"{how} {'is far below' if far else 'fits' if self._fits(size, checkpointing) else 'exceeds'} the budget"
             return self._fit(size, checkpointing, needed=self._forecast(size, checkpointing), reason=reason, peaks={})
