@@ -16,6 +16,7 @@ import anarcho_cli
 import pytest
 from anarcho_cli import devices
 from anarcho_cli.config import resolve
+from anarcho_cli.diagnostics import Diagnostics
 from anarcho_cli.runs import RunError, new_run_directory
 from anarcho_monitor import MetricsLog
 
@@ -127,7 +128,7 @@ def test_resume_continues_the_run_and_takes_the_device(composer: Composer, anarc
     (tmp_path / "run" / "config.toml").touch()
     (tmp_path / "run" / "environment.json").touch()
     assert anarcho("pretrain", "--resume", "run", "--device", "cpu").stdout == "run\n"
-    unchanged = {"overrides": [], "allow_changes": False}
+    unchanged = {"overrides": [], "allow_changes": False, "diagnostics": Diagnostics()}
     (call,) = composer.calls
     assert call.pop("ranks").size == 1
     assert call == {"run_directory": Path("run"), "backend": "torch", "device": "cpu", **unchanged}
