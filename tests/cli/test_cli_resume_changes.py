@@ -159,6 +159,25 @@ def test_another_tokenizer_is_refused_before_the_first_step(anarcho, begun: Path
     assert last_step(run) == 2
 
 
+def test_a_damaged_shard_is_named_and_left_out_only_if_the_policy_says_so(anarcho, run: Path) -> None:
+    shard = run / "data" / "train" / "shard-00000.bin"
+    data = bytearray(shard.read_bytes())
+    data[100] ^= 1
+    shard.write_bytes(data)
+    refusal = anarcho("pretrain", "--resume", run)
+    assert refusal.exit_code == 2
+    assert "the sha256 of shard-00000.bin is not the one in index.json" in refusal.stderr
+    policy = ["--set", "data.damaged_shards=skip", "--allow-changes"]
+    assert "data.max_bad_share allows" in anarcho("pretrain", "--resume", run, *policy).stderr, (
+        "all of the text is lost"
+    )
+    result = anarcho("pretrain", "--resume", run, *policy, "--set", "data.max_bad_share=1.0")
+    assert result.exit_code == 0, result.output
+    events = [record for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "event"]
+    assert [event.get("fault") for event in events] == ["shard", None, "empty", "empty"]
+    assert "shard-00000 is damaged and left out" in events[0]["message"]
+
+
 def test_the_verdicts_of_what_people_change_most() -> None:
     config = resolve()
     verdicts = {

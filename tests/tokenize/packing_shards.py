@@ -18,6 +18,8 @@ class MemoryShards:
     directory = Path("data/train")
     eot_id = EOT
     pad_id = PAD
+    damaged = ()
+    damaged_tokens = 0
 
     def __init__(self, shards: list[list[list[int]]], *, kind: str = "text", visible: int | None = None) -> None:
         self.kind = kind

@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ class RunData:
     """For the run's "start" record."""
     release: Callable[[int], None]
     """Told that the samples before a number are not needed any more."""
+    announcements: list[dict[str, Any]] = field(default_factory=list)
+    """Events that the run is to tell: shards that are damaged and left out. A stream adds to them as it is read."""
 
 
 @contextmanager
@@ -84,9 +86,9 @@ def prepare(config: RunConfig, tokenizer: AnyTokenizer, directory: Path) -> None
 
 
 def _prepared(config: RunConfig, directory: Path, tokenizer: AnyTokenizer) -> RunData:
-    train, validation = (_open(directory / part, tokenizer) for part in ("train", "validation"))
-    for shards in (train, validation):
-        shards.verify()
+    damage: list[dict[str, Any]] = []
+    parts = (directory / part for part in ("train", "validation"))
+    train, validation = (_of_tokenizer(open_part(config, part, damage=damage), tokenizer) for part in parts)
     if config.data.kind == "preference":
         batches, held_out = _pairs(config, train, validation)
     else:
@@ -99,16 +101,18 @@ def _prepared(config: RunConfig, directory: Path, tokenizer: AnyTokenizer) -> Ru
         sha256=hashlib.sha256(f"{train.fingerprint}{validation.fingerprint}".encode()).hexdigest(),
         facts={"train_tokens": train.num_tokens, "validation_tokens": validation.num_tokens},
         release=lambda sample: None,
+        announcements=damage,
     )
 
 
 def _streamed(config: RunConfig, directory: Path, tokenizer: AnyTokenizer, producer: Producer | None) -> RunData:
     """Waits for what there must be before the first step: the validation part, and the index of the training part."""
     note("reading the beginning of the stream")
-    train = _await(directory / "train", tokenizer, producer, complete=False)
+    damage: list[dict[str, Any]] = []
+    train = _await(config, directory / "train", tokenizer, producer, complete=False, damage=damage)
     validation = None
     if config.data.validation_fraction:
-        validation = _await(directory / "validation", tokenizer, producer, complete=True)
+        validation = _await(config, directory / "validation", tokenizer, producer, complete=True, damage=damage)
     packed = _packed(config, train)
     batches = None if producer is None else StreamedBatches(packed, producer)
     return RunData(
@@ -119,15 +123,24 @@ def _streamed(config: RunConfig, directory: Path, tokenizer: AnyTokenizer, produ
         sha256=train.plan_sha256,
         facts={"validation_tokens": 0 if validation is None else validation.num_tokens},
         release=batches.release if batches else lambda sample: None,
+        announcements=damage,
     )
 
 
-def _await(part: Path, tokenizer: AnyTokenizer, producer: Producer | None, *, complete: bool) -> TokenShards:
+def _await(
+    config: RunConfig,
+    part: Path,
+    tokenizer: AnyTokenizer,
+    producer: Producer | None,
+    *,
+    complete: bool,
+    damage: list[dict[str, Any]],
+) -> TokenShards:
     check = producer.check if producer else lambda: None
     while not (part / "index.json").is_file():
         check()
         time.sleep(_POLL_SECONDS)
-    shards = _open(part, tokenizer, growing=True)
+    shards = _of_tokenizer(open_part(config, part, growing=True, damage=damage), tokenizer)
     while complete and not shards.complete:
         check()
         time.sleep(_POLL_SECONDS)
@@ -135,8 +148,29 @@ def _await(part: Path, tokenizer: AnyTokenizer, producer: Producer | None, *, co
     return shards
 
 
-def _open(part: Path, tokenizer: AnyTokenizer, *, growing: bool = False) -> TokenShards:
-    shards = TokenShards.open(part, growing=growing)
+def open_part(
+    config: RunConfig, part: Path, *, growing: bool = False, damage: list[dict[str, Any]] | None = None
+) -> TokenShards:
+    """The shards of a part, whose files are compared with their sha256; of those that grow, each at its first use.
+
+    Damaged ones are refused or left out, as data.damaged_shards says; each that is left out is added to ``damage`` as an event.
+    """
+
+    def tell(message: str) -> None:
+        note(message)
+        if damage is not None:
+            damage.append({"message": message, "fault": "shard", "action": "skip"})
+
+    skips = config.data.damaged_shards == "skip"
+    shards = TokenShards.open(
+        part, growing=growing, max_damaged_share=config.data.max_bad_share if skips else None, on_damage=tell
+    )
+    if not growing:
+        shards.verify()
+    return shards
+
+
+def _of_tokenizer(shards: TokenShards, tokenizer: AnyTokenizer) -> TokenShards:
     if shards.tokenizer_sha256 != tokenizer.sha256:
         raise ValueError(
             f"{shards.directory} was made by another tokenizer than the run's; put that one back, or start a new run"

@@ -9,13 +9,13 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from anarcho_tokenize import Batch, SequentialBucketBatches, TokenShards
+from anarcho_tokenize import Batch, SequentialBucketBatches
 from anarcho_train import ReferenceCache, ReferencedTraining, ReferencedValidation
 from anarcho_train.reference import MANIFEST_FILE
 
 from anarcho_cli.back_ends import TrainingStep, precision_name
 from anarcho_cli.config import RunConfig
-from anarcho_cli.data import RunData
+from anarcho_cli.data import RunData, open_part
 from anarcho_cli.models import WEIGHTS
 from anarcho_cli.output import note
 
@@ -61,6 +61,6 @@ def _precision(directory: Path, step: TrainingStep) -> str:
 def _all_batches(config: RunConfig, shards: Path) -> Iterator[Batch]:
     tokens, length = config.train.fixed_micro_batch * config.sequence_length, config.sequence_length
     for part in ("train", "validation"):
-        opened = TokenShards.open(shards / part)
+        opened = open_part(config, shards / part)
         if opened.num_tokens:
             yield from SequentialBucketBatches(opened, batch_tokens=tokens, length=length).batches()

@@ -80,6 +80,7 @@ def make_loop(
         ),
         gauges=lambda: back_end.gauges(step, device),
         recovery=config.recovery,
+        announcements=data.announcements,
         settings=to_dict(configuration.load(run_directory / CONFIG_FILE)),
         checkpoint_bytes=checkpoint_bytes(config),
         facts={

@@ -79,7 +79,7 @@ class BatchReader:
     def total_weight(self) -> int:
         """The sum of the weights of all stored tokens."""
         if self._of_text:
-            return self._shards.num_tokens
+            return self._shards.num_tokens - self._shards.damaged_tokens
         bounds = self._shards.shard_starts
         return sum(int(self._weights(start, stop).sum()) for start, stop in pairwise(bounds))
 
@@ -94,8 +94,10 @@ class BatchReader:
 
     def _weights(self, start: int, stop: int) -> npt.NDArray[np.float32]:
         """What the tokens [start, stop) count as targets."""
-        if self._of_text:
+        if self._of_text and not self._shards.damaged:
             return np.ones(stop - start, dtype=np.float32)
+        if self._of_text:
+            return self._shards.loss_mask(start, stop).astype(np.float32)
         weights = self._shards.loss_mask(start, stop).astype(np.float32)
         weights[self._documents(start, stop) - start] = 0
         return weights

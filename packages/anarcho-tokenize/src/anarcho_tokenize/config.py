@@ -165,6 +165,11 @@ class DataConfig:
     max_tokens: int | None = None
     """Reading stops after about so many training tokens; the whole source is read when not given."""
 
+    damaged_shards: Literal["stop", "skip"] = "stop"
+    """What is done about shards whose files are not those that were written, by their sha256: `stop`, or `skip` their tokens.
+
+    More than `max_bad_share` of the tokens stop in any case."""
+
     validation_fraction: float = 0.05
     """Share of the documents, chosen by a hash of their text, that is kept from training."""
 
@@ -212,6 +217,7 @@ class DataConfig:
             raise SourceError(f"data.max_bad_share is {self.max_bad_share!r}; expected a share from 0 to 1.")
         for name, allowed in (
             ("mixture_end", ("first", "repeat")),
+            ("damaged_shards", ("stop", "skip")),
             ("kind", ("text", "chat", "preference")),
             ("packing", ("concat", "best-fit")),
         ):

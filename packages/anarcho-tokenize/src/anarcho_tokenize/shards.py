@@ -14,7 +14,8 @@ and one `index.json`, which is replaced as a whole, after the files that it list
 
 A text ends in end-of-text; a conversation is its rendered ids alone; the documents 2i and 2i + 1 of preferences are the chosen and the
 rejected answer to one prompt. Documents are never split between shards. `bytes` counts the UTF-8 bytes of the documents, for bits per byte.
-Of an evicted shard, `.bin` and `.mask` are gone.
+Of an evicted shard, `.bin` and `.mask` are gone. A shard of which one of these is damaged can be lost without the others: its tokens
+then read as end-of-text and none of them counts, so every other token has the place that it had.
 """
 
 import hashlib
@@ -22,6 +23,7 @@ import json
 import os
 import re
 from bisect import bisect_right
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -50,7 +52,15 @@ def token_type(vocab_size: int) -> np.dtype[Any]:
 class TokenShards:
     """The tokens of a part of prepared data as one long sequence."""
 
-    def __init__(self, directory: Path, index: dict[str, Any], *, growing: bool) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        index: dict[str, Any],
+        *,
+        growing: bool,
+        max_damaged_share: float | None = None,
+        on_damage: Callable[[str], None] | None = None,
+    ) -> None:
         """Used by `open`, which has checked the index."""
         self.directory = directory
         self.kind: Kind = index["kind"]
@@ -62,13 +72,26 @@ class TokenShards:
         self.plan_sha256: str = index["plan_sha256"]
         """Over what the tokens follow from: sources, filters, tokenizer; known before there is any token."""
         self._growing = growing
+        self._max_damaged_share = max_damaged_share
+        self._on_damage = on_damage or (lambda message: None)
+        self._damaged: dict[int, str] = {}
         self._maps: dict[tuple[int, str], npt.NDArray[Any]] = {}
         self._verified: set[str] = set()
         self._shards: list[dict[str, Any]] = []
 
     @classmethod
-    def open(cls, directory: str | os.PathLike[str], *, growing: bool = False) -> "TokenShards":
+    def open(
+        cls,
+        directory: str | os.PathLike[str],
+        *,
+        growing: bool = False,
+        max_damaged_share: float | None = None,
+        on_damage: Callable[[str], None] | None = None,
+    ) -> "TokenShards":
         """Open a directory with an index.json; with `growing`, also one that is not complete yet.
+
+        With `max_damaged_share`, damaged shards are no error but lost, each told to `on_damage` in one sentence, until they hold more
+        than this share of the tokens. What says where documents start (`.idx`) is never done without.
 
         Raises FileNotFoundError for a missing file, ShardError for a wrong or unfinished one.
         """
@@ -76,7 +99,7 @@ class TokenShards:
         index, version = _read_index(folder)
         if not (index["complete"] or growing):
             raise ShardError(f"{folder} is not complete: its preparation was interrupted; run it again to continue it.")
-        shards = cls(folder, index, growing=growing)
+        shards = cls(folder, index, growing=growing, max_damaged_share=max_damaged_share, on_damage=on_damage)
         shards._take(index, version)
         return shards
 
@@ -104,15 +127,29 @@ class TokenShards:
         """Whether a shard's tokens were deleted to keep a budget."""
         return self._shards[number]["evicted"]
 
+    @property
+    def damaged(self) -> dict[int, str]:
+        """Numbers of the shards that are lost, as far as is known, and what is wrong with each."""
+        return dict(self._damaged)
+
+    @property
+    def damaged_tokens(self) -> int:
+        """Tokens of the shards that are lost."""
+        return sum(self._shards[number]["tokens"] for number in self._damaged)
+
     def tokens(self, start: int, stop: int) -> npt.NDArray[Any]:
         """The ids from `start` up to `stop`, as stored (uint16 or uint32): a read-only view where one shard holds them all."""
-        return self._read(start, stop, suffix=".bin", dtype=token_type(self.vocab_size))
+        return self._read(start, stop, suffix=".bin", dtype=token_type(self.vocab_size), lost=self.eot_id)
 
     def loss_mask(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
         """For each token from `start` up to `stop`, 1 where it counts as a target, else 0; every token of a text counts."""
-        if self.kind == "text":
-            return np.ones(stop - start, dtype=MASK_TYPE)
-        return self._read(start, stop, suffix=".mask", dtype=MASK_TYPE)
+        if self.kind != "text":
+            return self._read(start, stop, suffix=".mask", dtype=MASK_TYPE, lost=0)
+        mask = np.ones(stop - start, dtype=MASK_TYPE)
+        for number, first, end in self._parts(start, stop):
+            if self._is_lost(number):
+                mask[first - start : end - start] = 0
+        return mask
 
     def shard_documents(self, number: int) -> npt.NDArray[np.int64]:
         """Where each document of one shard starts in the whole sequence, and the shard's end; one more than it has documents."""
@@ -126,17 +163,27 @@ class TokenShards:
         return np.concatenate([*starts, np.array([self.num_tokens], dtype=np.int64)])
 
     def verify(self) -> None:
-        """Read every file that is there; raises ShardError that names each one whose sha256 is not the index's."""
-        wrong = [name for shard in self._shards for name, sha256 in _files(shard) if self._sha256(name) != sha256]
-        if wrong:
-            raise ShardError(
-                f"{self.directory} is damaged: the sha256 of {', '.join(wrong)} is not the one in {INDEX_FILE}; prepare the data anew."
-            )
+        """Read every file that is there; raises ShardError that names each one whose sha256 is not the index's, unless it may be lost."""
+        wrong = [
+            (number, name)
+            for number, shard in enumerate(self._shards)
+            for name, sha256 in _files(shard)
+            if self._sha256(name) != sha256
+        ]
+        if self._max_damaged_share is None or any(name.endswith(".idx") for _, name in wrong):
+            if wrong:
+                names = ", ".join(name for _, name in wrong)
+                raise ShardError(
+                    f"{self.directory} is damaged: the sha256 of {names} is not the one in {INDEX_FILE}; prepare the data anew."
+                )
+            return
+        for number, name in wrong:
+            self._lose(number, f"the sha256 of {name} is not the one in {INDEX_FILE}")
 
     def _take(self, index: dict[str, Any], version: "_Version") -> None:
         self._require_continued(index)
         try:
-            self._check_sizes(index)
+            wrong = self._check_sizes(index)
         except FileNotFoundError:
             # A shard may have been evicted since the index was read, which then says so.
             again, latest = _read_index(self.directory)
@@ -153,6 +200,8 @@ class TokenShards:
         self._shards = index["shards"]
         self._starts = [0, *accumulate(shard["tokens"] for shard in self._shards)]
         self._maps = {key: view for key, view in self._maps.items() if not self._shards[key[0]]["evicted"]}
+        for number, problem in wrong:
+            self._lose(number, problem)
         return None
 
     def _require_continued(self, index: dict[str, Any]) -> None:
@@ -161,24 +210,69 @@ class TokenShards:
         if found != known or index["plan_sha256"] != self.plan_sha256:
             raise ShardError(f"{self.directory} was prepared anew while it was read; open it again, in a new run.")
 
-    def _check_sizes(self, index: dict[str, Any]) -> None:
+    def _check_sizes(self, index: dict[str, Any]) -> list[tuple[int, str]]:
+        """The new shards of which a file has another size, where they may be lost; raises ShardError where they may not."""
         known = {file for shard in self._shards for file, _ in _files(shard)}
-        for shard in index["shards"]:
-            if not {file for file, _ in _files(shard)} <= known:
-                _check_sizes(self.directory, shard, token_bytes=token_type(self.vocab_size).itemsize)
+        found = []
+        for number, shard in enumerate(index["shards"]):
+            if {file for file, _ in _files(shard)} <= known:
+                continue
+            for name, problem in _wrong_sizes(self.directory, shard, token_bytes=token_type(self.vocab_size).itemsize):
+                if self._max_damaged_share is None or name.endswith(".idx"):
+                    raise ShardError(f"{problem}, so prepare the data anew.")
+                found.append((number, problem))
+        return found
 
-    def _read(self, start: int, stop: int, *, suffix: str, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    def _lose(self, number: int, problem: str) -> None:
+        """Do without a shard; raises ShardError where too many are lost."""
+        if number in self._damaged:
+            return
+        self._damaged[number] = problem
+        lost, share = self.damaged_tokens, self._max_damaged_share
+        assert share is not None, "shards are lost only where that is allowed"
+        if lost > share * self.num_tokens:
+            raise ShardError(
+                f"{self.directory} is damaged: {'; '.join(self._damaged.values())}: {lost} of {self.num_tokens} tokens are lost, more than "
+                f"the share of {share} that data.max_bad_share allows; prepare the data anew."
+            )
+        self._on_damage(
+            f"{self.directory / self._shards[number]['name']} is damaged and left out: {problem}; "
+            f"{lost} of {self.num_tokens} tokens are lost"
+        )
+
+    def _is_lost(self, number: int) -> bool:
+        """Whether a shard is left out; of one that came too late for `verify`, the files are read now."""
+        if self._max_damaged_share is None or number in self._damaged or not self._growing:
+            return number in self._damaged
+        for name, sha256 in _files(self._shards[number]):
+            if name not in self._verified and not name.endswith(".idx"):
+                if self._sha256(name) != sha256:
+                    self._lose(number, f"the sha256 of {name} is not the one in {INDEX_FILE}")
+                    return True
+                self._verified.add(name)
+        return False
+
+    def _parts(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """The shards that hold the tokens from `start` up to `stop`, each with the first of these and the end."""
+        number = bisect_right(self._starts, start) - 1
+        while start < stop:
+            end = min(stop, self._starts[number + 1])
+            yield number, start, end
+            start, number = end, number + 1
+
+    def _read(self, start: int, stop: int, *, suffix: str, dtype: np.dtype[Any], lost: int) -> npt.NDArray[Any]:
+        """The values of a range, of which those in lost shards are `lost`."""
         if not 0 <= start <= stop <= self.num_tokens:
             raise ShardError(
                 f"Tokens {start} to {stop} were asked for; expected a range within 0 to {self.num_tokens}."
             )
         parts = []
-        number = bisect_right(self._starts, start) - 1
-        while start < stop:
-            first = self._starts[number]
-            end = min(stop, self._starts[number + 1])
-            parts.append(self._map(number, suffix, dtype)[start - first : end - first])
-            start, number = end, number + 1
+        for number, begin, end in self._parts(start, stop):
+            if self._is_lost(number):
+                parts.append(np.full(end - begin, lost, dtype=dtype))
+            else:
+                first = self._starts[number]
+                parts.append(self._map(number, suffix, dtype)[begin - first : end - first])
         if not parts:
             return np.empty(0, dtype=dtype)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -222,7 +316,9 @@ def _files(shard: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _check_sizes(folder: Path, shard: dict[str, Any], *, token_bytes: int) -> None:
+def _wrong_sizes(folder: Path, shard: dict[str, Any], *, token_bytes: int) -> list[tuple[str, str]]:
+    """The files that have another size than the index says, and the sentence for each; raises FileNotFoundError for one that is missing."""
+    wrong = []
     sizes = {
         ".bin": shard["tokens"] * token_bytes,
         ".idx": (shard["documents"] + 1) * OFFSET_TYPE.itemsize,
@@ -233,9 +329,8 @@ def _check_sizes(folder: Path, shard: dict[str, Any], *, token_bytes: int) -> No
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing, but {INDEX_FILE} lists it; prepare the data anew.")
         if (found := file.stat().st_size) != expected:
-            raise ShardError(
-                f"{file} has {found} bytes; expected {expected} by {INDEX_FILE}, so prepare the data anew."
-            )
+            wrong.append((name, f"{file} has {found} bytes; expected {expected} by {INDEX_FILE}"))
+    return wrong
 
 
 _Version = tuple[int, int, int]

@@ -216,6 +216,7 @@ class Loop:
             while (turn := self._turn(stop)).state == "waiting" and not turn.stop:
                 time.sleep(WAIT_SECONDS)
         self._agreed_stop, self._tokens = turn.stop, turn.tokens
+        self._announce()
         if turn.state == "ended" and not turn.stop:
             self._end_of_data()
         return turn.state == "ready" and not turn.stop
