@@ -6,8 +6,10 @@ library says nothing to a user and is treated as a defect: exit status 1, and a 
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import typer
@@ -18,6 +20,9 @@ DEFECT = 1
 RANK_LOST = 75
 """EX_TEMPFAIL of sysexits.h: started again, the run goes on."""
 INTERRUPTED = 130
+
+at_end: list[Callable[[], None]] = []
+"""What a command leaves to be done when it has said all that there is to say."""
 
 _OUT_OF_MEMORY = (
     "MPS backend out of memory",
@@ -49,14 +54,18 @@ class CommandGroup(TyperGroup):
                 raise
             if ctx.params.get("debug"):
                 traceback.print_exception(error)
-            raise typer.Exit(report(error)) from error
+            message, code = explain(error)
+            print(f"anarcho: error: {_place()}{message}", file=sys.stderr)
+            raise typer.Exit(code) from error
+        finally:
+            while at_end:
+                at_end.pop()()
 
 
-def report(error: Exception, *, where: str = "") -> int:
-    """Print the sentence for an exception, and return the exit status."""
-    message, code = explain(error)
-    print(f"anarcho: error: {where}{message}", file=sys.stderr)
-    return code
+def _place() -> str:
+    """Which of several processes it is that says something, unless it is the first."""
+    rank = os.environ.get("MLX_RANK", "0")
+    return "" if rank == "0" else f"rank {rank}: "
 
 
 def explain(error: Exception) -> tuple[str, int]:

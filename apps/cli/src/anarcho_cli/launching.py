@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from anarcho_cli.errors import BAD_INPUT, RANK_LOST, explain, report
+from anarcho_cli.errors import RANK_LOST, at_end, explain
 
 if TYPE_CHECKING:
     from anarcho_train import Ranks
@@ -50,7 +50,7 @@ def transport(environ: Mapping[str, str]) -> str | None:
 @contextmanager
 def connected(config: RunConfig, *, backend: str) -> Iterator[Ranks]:
     """The processes that train together: this one alone, unless it was started with others. All leave the block together."""
-    from anarcho_train import Alone, RankFailed, RankLost, RanksDiffer
+    from anarcho_train import Alone, RankFailed, RankLost, RanksDiffer, known_to_all
 
     kind = transport(os.environ)
     if kind is None:
@@ -64,27 +64,19 @@ def connected(config: RunConfig, *, backend: str) -> Iterator[Ranks]:
 
     ranks = mlx.connect(kind, timeout_seconds=config.train.rank_timeout_seconds)
     try:
-        try:
-            with _silent(unless=ranks.rank == 0):
-                yield ranks
-        except (RanksDiffer, RankFailed) as error:  # Of which one message is enough.
-            code = report(error) if ranks.rank == 0 else explain(error)[1]
-            raise typer.Exit(code) from error
-        except (typer.Exit, RankLost):
-            raise
-        except Exception as error:
-            if ranks.rank == 0:
-                raise
-            raise typer.Exit(report(error, where=f"rank {ranks.rank}: ")) from error
+        with _silent(unless=ranks.rank == 0):
+            yield ranks
     except RankLost:
         _leave_soon()
         raise
-    except typer.Exit as leaving:
-        if leaving.exit_code != BAD_INPUT or isinstance(leaving.__cause__, RanksDiffer):
-            _leave_together(ranks)
+    except Exception as error:
+        if known_to_all(error) or isinstance(error, typer.Exit):
+            at_end.append(lambda: _leave_together(ranks))
+        if ranks.rank and isinstance(error, RanksDiffer | RankFailed):  # The message of the first is enough.
+            raise typer.Exit(explain(error)[1]) from error
         raise
     else:
-        _leave_together(ranks)
+        at_end.append(lambda: _leave_together(ranks))
 
 
 def _leave_together(ranks: Ranks) -> None:

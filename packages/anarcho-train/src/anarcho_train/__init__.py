@@ -10,7 +10,7 @@ from anarcho_train.draws import TrainingDraws
 from anarcho_train.loop import Loop, TrainResult
 from anarcho_train.micro_batch import LinearPeak, MicroBatches, divisors, next_smaller
 from anarcho_train.out_of_memory import OutOfMemory
-from anarcho_train.ranks import Alone, RankFailed, RankLost, Ranks, RanksDiffer, after_first, require_equal, told
+from anarcho_train.ranks import Alone, RankFailed, RankLost, Ranks, RanksDiffer, after_first, known_to_all, require_equal, told
 from anarcho_train.recovery import RecoveryConfig, TrainingDiverged
 from anarcho_train.reference import ReferenceCache, ReferenceCacheError, ReferencedTraining, ReferencedValidation
 from anarcho_train.saving import SaveFailed, free_bytes
@@ -54,6 +54,7 @@ __all__ = [
     "divisors",
     "evaluate",
     "free_bytes",
+    "known_to_all",
     "lock_run",
     "next_smaller",
     "require_equal",

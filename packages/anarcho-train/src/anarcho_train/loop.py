@@ -26,7 +26,7 @@ from anarcho_train.interfaces import (
 )
 from anarcho_train.micro_batch import MicroBatches, largest_fitting
 from anarcho_train.out_of_memory import OutOfMemory, advice
-from anarcho_train.ranks import Alone, RankFailed, RankLost, Ranks, Turn, share
+from anarcho_train.ranks import Alone, RankFailed, RankLost, Ranks, Turn, mark_known, share
 from anarcho_train.recovery import Fault, Recovery, RecoveryConfig, TrainingDiverged
 from anarcho_train.saving import Saves, require_free
 from anarcho_train.signals import StopSignal
@@ -234,7 +234,9 @@ class Loop:
         turn = Turn.agreed(self.ranks, stop=stop.number, state=state, tokens=tokens)
         if turn.state == "failed":
             self._save(planned=False)
-            raise error or RankFailed("another process of this run cannot read its data; its own message says why")
+            failure = error or RankFailed("another process of this run cannot read its data; its own message says why")
+            mark_known(failure)
+            raise failure
         return turn
 
     def _end_of_data(self) -> None:
@@ -260,7 +262,9 @@ class Loop:
 
         Where others have gone on with the run meanwhile (this process was asleep), they have written checkpoints that it does not know.
         """
-        if not self._whole or not self.inherits() or self._newest_written() != (self._saved_step or 0):
+        if not self._whole or not self.inherits():
+            return
+        if self.ranks.rank and self._newest_written() != (self._saved_step or 0):
             return
         self.ranks = Alone()
         if not self._concluded:

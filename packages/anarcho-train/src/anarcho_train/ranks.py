@@ -11,7 +11,7 @@ import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,6 +34,16 @@ class RanksDiffer(ValueError):
 
 class RankFailed(ValueError):
     """Another process of the run ends it, and says itself why."""
+
+
+def known_to_all(error: BaseException) -> bool:
+    """Whether every rank has come to the same place with this error, so that they may leave together."""
+    return isinstance(error, RanksDiffer | RankFailed) or getattr(error, "_known_to_all", False)
+
+
+def mark_known(error: BaseException) -> None:
+    """Notes that the other ranks have been told of an error that only this one has."""
+    error._known_to_all = True  # type: ignore[attr-defined]
 
 
 class Ranks(Protocol):
@@ -141,9 +151,11 @@ def after_first(ranks: Ranks, *, beat_seconds: float = BEAT_SECONDS) -> Iterator
         beat = _Beat(lambda: ranks.gathered([_WORKING]), seconds=beat_seconds)
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             if beat.stopped() is None:
-                ranks.gathered([_FAILED])
+                with suppress(RankLost):
+                    ranks.gathered([_FAILED])
+                    mark_known(error)
             raise
         if error := beat.stopped():
             raise error
