@@ -110,6 +110,14 @@ def test_a_spike_is_drawn_at_its_full_height_and_a_gap_where_the_loss_was_not_fi
     assert 0 < top < 100
 
 
+def test_a_long_run_shows_the_second_half_of_its_loss_once_more(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "long", [training(step) for step in range(1, 81)])
+    chart = data_of(run_page(read_run(run)))["second_half"]
+    assert (chart["first"], chart["last"]) == (40, 80)
+    assert chart["lines"][0]["steps"] == list(range(40, 81))
+    assert chart["high"] < 5
+
+
 def test_hostile_texts_stay_texts_wherever_they_come_from(tmp_path: Path) -> None:
     records = usual_records()
     for record in records:

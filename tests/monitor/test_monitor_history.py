@@ -38,6 +38,12 @@ def test_what_was_done_again_is_kept_apart_from_what_remains() -> None:
     assert [[point.step for point in stretch] for stretch in curve.abandoned] == [[4, 5, 6]]
 
 
+def test_stretches_that_were_done_again_at_different_times_stay_apart() -> None:
+    steps = [1, 2, 3, 4, 2, 3, 4, 5, 6, 5, 6]  # Back from 4 to 1, and from 6 to 4.
+    curve = RunHistory([record("train", step, loss=1.0) for step in steps]).curve("train", "loss")
+    assert [[point.step for point in stretch] for stretch in curve.abandoned] == [[2, 3, 4], [5, 6]]
+
+
 def test_attempts_tell_where_they_began_how_long_they_took_and_whether_they_ended() -> None:
     history = RunHistory(KILLED_AND_RESUMED)
     first, second = history.attempts
@@ -87,7 +93,11 @@ def test_however_often_a_run_goes_back_each_step_has_the_last_value_and_no_step_
     [
         ("no update at step 7: loss nan", "skip"),
         ("out of memory: micro-batch 8 becomes 4", "micro-batch"),
-        ("rolled back to step 40", "rollback"),
+        ("out of memory in step 3 (x); from now on, 2 sequences go through the model at once", "micro-batch"),
+        ("a spike, and an update all the same, at step 7: loss 9 of samples 1 to 8", "spike"),
+        ("rolled back from step 50 to step 40 (loss nan); the run goes on with sample 9", "rollback"),
+        ("went back from step 50 to step 40, as the update had begun when memory ran out (x)", "rollback"),
+        ("killed by the system after step 40", "stop"),
         ("stopped by signal 15; the state is saved", "stop"),
         ("early stopping: the validation loss has not improved for too long", "stop"),
         ("something else", "event"),

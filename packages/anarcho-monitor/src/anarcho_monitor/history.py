@@ -15,12 +15,13 @@ from typing import Any, Literal, NamedTuple
 from anarcho_monitor.metrics import Point, number_from_json, read_metrics, superseded
 
 _OWN_FIELDS = frozenset({"v", "run", "attempt", "step", "tokens", "t_wall", "t_mono", "kind"})
-MarkKind = Literal["resume", "checkpoint", "micro-batch", "skip", "rollback", "stop", "event"]
+MarkKind = Literal["resume", "checkpoint", "micro-batch", "skip", "spike", "rollback", "stop", "event"]
 _MARK_WORDS: tuple[tuple[MarkKind, tuple[str, ...]], ...] = (
-    ("rollback", ("roll",)),
-    ("micro-batch", ("micro-batch", "micro_batch", "out of memory")),
-    ("skip", ("no update", "skip", "spike", "left out")),
-    ("stop", ("stopp", "come to its end")),
+    ("rollback", ("rolled back", "went back")),
+    ("micro-batch", ("micro-batch", "out of memory")),
+    ("skip", ("no update",)),
+    ("spike", ("spike",)),
+    ("stop", ("stopp", "come to its end", "killed")),
 )
 
 
@@ -107,7 +108,7 @@ class RunHistory:
     def _read_curve(self, kind: str, name: str) -> Curve:
         points: dict[int, Point] = {}
         abandoned: list[list[Point]] = []
-        attempt = None  # Of the newest abandoned point.
+        attempt = None  # Of the abandoned point just before.
         for record, lost in self._by_kind.get(kind, ()):
             value = number_from_json(record.get(name))
             if value is None:
@@ -115,6 +116,7 @@ class RunHistory:
             point = Point(record["step"], record["tokens"], value)
             if not lost:
                 points[point.step] = point
+                attempt = None  # What is abandoned after this is another stretch.
                 continue
             if record["attempt"] != attempt or point.step <= abandoned[-1][-1].step:
                 abandoned.append([])

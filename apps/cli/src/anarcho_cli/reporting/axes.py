@@ -51,10 +51,10 @@ def make_scale(values: Sequence[float], *, from_zero: bool = False, unit: Unit =
     return Scale(low=bottom, high=top, logarithmic=False, ticks=ticks)
 
 
-def step_scale(last: int) -> Scale:
-    """The horizontal scale, from the beginning of a run to its last step."""
-    high = max(1, last)
-    return Scale(low=0.0, high=float(high), logarithmic=False, ticks=linear_ticks(0.0, high, whole=True))
+def step_scale(first: int, last: int) -> Scale:
+    """The horizontal scale, from a step of a run to its last one."""
+    low, high = float(first), float(max(first + 1, last))
+    return Scale(low=low, high=high, logarithmic=False, ticks=linear_ticks(low, high, count=6, whole=True))
 
 
 def linear_ticks(low: float, high: float, *, count: int = 5, whole: bool = False) -> tuple[float, ...]:

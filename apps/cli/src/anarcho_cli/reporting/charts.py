@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from anarcho_monitor import Point, RunHistory
 
@@ -11,6 +11,8 @@ from anarcho_cli.reporting.axes import Unit
 from anarcho_cli.reporting.run_view import RunView, words
 
 MEMORY = ("allocated_bytes", "reserved_bytes", "peak_bytes", "process_bytes")
+LEAST_HALF = 15
+"""Points of the second half that are worth a chart of their own."""
 _MEMORY_WORDS = {
     "allocated_bytes": "tensors",
     "reserved_bytes": "allocator",
@@ -44,6 +46,8 @@ class Chart:
     unit: Unit = "number"
     from_zero: bool = False
     wide: bool = False
+    first_step: int = 0
+    """Where it begins; earlier points are not among its lines'."""
     note: str = ""
     """What the unit is, where it is not plain."""
 
@@ -65,6 +69,7 @@ def charts_of(run: RunView) -> list[Chart]:
                 ("validation", "loss", "validation"),
             ),
         ),
+        *_second_half(history, note=nats),
         Chart(
             key="bits_per_byte",
             title="Bits per byte",
@@ -162,6 +167,21 @@ def _lines(history: RunHistory, *wanted: tuple[str, str, str]) -> list[Line]:
                 )
             )
     return lines
+
+
+def _second_half(history: RunHistory, *, note: str) -> list[Chart]:
+    """The loss once more, without the first fall beside which the rest looks flat; of runs that are long enough."""
+    middle = history.last_step // 2
+    found = []
+    for line in _lines(history, ("train", "loss", "training"), ("validation", "loss", "validation")):
+        points = [point for point in line.points if point.step >= middle]
+        stretches = [[point for point in stretch if point.step >= middle] for stretch in line.abandoned]
+        if points:
+            abandoned = [stretch for stretch in stretches if stretch]
+            found.append(replace(line, points=points, abandoned=abandoned, colour=2 * line.colour))
+    if not found or len(found[0].points) < LEAST_HALF:
+        return []
+    return [Chart(key="second_half", title="Loss, second half", note=note, first_step=middle, lines=found)]
 
 
 def _group_lines(history: RunHistory, prefix: str) -> list[Line]:

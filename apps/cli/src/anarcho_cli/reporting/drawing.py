@@ -36,9 +36,10 @@ class Drawing:
 
 
 def draw(chart: Chart, marks: Sequence[Mark], *, last_step: int) -> Drawing:
-    """The figure of a chart over steps 0 to ``last_step``, and its data."""
+    """The figure of a chart up to ``last_step``, and its data."""
     lines = [(line, thin(line.points, buckets=BUCKETS)) for line in chart.lines]
-    across, up = step_scale(last_step), _vertical(chart, lines)
+    across, up = step_scale(chart.first_step, last_step), _vertical(chart, lines)
+    marks = [mark for mark in marks if mark.step >= chart.first_step]
     shapes = [
         _grid(across, up),
         _mark_lines(marks, across),
@@ -73,6 +74,7 @@ def draw(chart: Chart, marks: Sequence[Mark], *, last_step: int) -> Drawing:
         data={
             "key": chart.key,
             "unit": chart.unit,
+            "first": chart.first_step,
             "last": last_step,
             "low": up.low,
             "high": up.high,

@@ -38,8 +38,9 @@ function nearest(steps, step) {
 
 function show(step) {
   for (const chart of charts) {
-    const share = Math.min(1, Math.max(0, step / chart.last));
-    chart.cross.hidden = chart.at.hidden = false;
+    const share = Math.min(1, (step - chart.first) / Math.max(1, chart.last - chart.first));
+    chart.cross.hidden = chart.at.hidden = share < 0;
+    if (share < 0) { chart.outputs.forEach((output, number) => { output.textContent = chart.texts[number]; }); continue; }
     chart.cross.style.left = `${100 * share}%`;
     chart.at.style.left = `clamp(1.5rem, ${100 * share}%, calc(100% - 1.5rem))`;
     chart.at.textContent = `step ${step.toLocaleString("en")}`;
@@ -73,7 +74,7 @@ for (const chart of charts) {
   plot.setAttribute("aria-valuetext", plot.getAttribute("aria-description"));
   const follow = (event) => {
     const box = plot.getBoundingClientRect();
-    chosen = nearest(steps, ((event.clientX - box.left) / box.width) * chart.last);
+    chosen = nearest(steps, chart.first + ((event.clientX - box.left) / box.width) * (chart.last - chart.first));
     show(steps[chosen]);
   };
   plot.addEventListener("pointermove", follow);

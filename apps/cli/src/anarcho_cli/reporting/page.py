@@ -31,6 +31,7 @@ _SIGNS = {
     "resume": "resumed",
     "micro-batch": "micro-batch changed",
     "skip": "update left out",
+    "spike": "spike",
     "rollback": "rolled back",
     "stop": "stopped",
     "event": "other event",

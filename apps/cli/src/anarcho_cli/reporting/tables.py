@@ -46,7 +46,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, caption: 
 def last_values(charts: Sequence[Chart]) -> Markup:
     """First, last, smallest and largest value of every curve."""
     rows = []
-    for chart in charts:
+    for chart in (chart for chart in charts if not chart.first_step):
         for line in chart.lines:
             finite = [point for point in line.points if math.isfinite(point.value)]
             low, high = (choose(finite, key=lambda point: point.value, default=None) for choose in (min, max))

@@ -19,7 +19,7 @@ from anarcho_cli.run_liveness import somebody_works_on
 EVENTS = 5
 LOSSES = 4000
 """So many of the newest losses are drawn."""
-SILENCE_SECONDS = 5.0
+SILENCE_SECONDS = 10.0
 """After so long without a record it is asked whether anybody works on the run."""
 
 
