@@ -24,18 +24,8 @@ INTERRUPTED = 130
 at_end: list[Callable[[], None]] = []
 """What a command leaves to be done when it has said all that there is to say."""
 
-_OUT_OF_MEMORY = (
-    "MPS backend out of memory",
-    "not enough memory: you tried to allocate",
-    "[malloc] Unable to allocate",
-    "[malloc_or_wait] Unable to allocate",
-    "[metal::malloc]",
-    "kIOGPUCommandBufferCallbackErrorOutOfMemory",
-    "cudaMalloc",
-)
-"""In the messages of PyTorch on MPS and on the CPU, and of MLX: its allocators', its limit of buffers, and Metal's."""
 _LESS_MEMORY = (
-    "a run takes less with a smaller train.micro_batch, train.gradient_checkpointing = true or a shorter "
+    "a run takes less with a smaller train.micro_batch (or 'auto'), train.gradient_checkpointing = true or a shorter "
     "train.sequence_length, which `--dry-run` shows; other commands with a shorter context"
 )
 
@@ -91,10 +81,10 @@ def _summary(error: Exception) -> str:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """Whether a framework found no memory: but for CUDA's in PyTorch, they raise plain RuntimeErrors."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+    """Whether a framework found no memory; loads what knows their words only now."""
+    from anarcho_train.out_of_memory import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def _file_sentence(error: OSError) -> str:

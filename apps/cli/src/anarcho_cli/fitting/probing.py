@@ -84,7 +84,7 @@ def measure(order: dict[str, Any]) -> Iterator[dict[str, Any]]:
     try:
         step = new_step(back_end(backend), first, device=device)
         for size in order["sizes"]:
-            _run(step, config, size)
+            _run(step, config, size, steps=1 if backend == "mlx" else 2)
             memory = peak_memory("mlx" if backend == "mlx" else device, own_memory=device == "cuda")
             known = [memory["peak_bytes"] or 0]
             if device != "cpu":  # What its allocator keeps, it does not give to anybody else.
@@ -96,13 +96,13 @@ def measure(order: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"error": f"micro-batch {size} found no memory ({reason(error)})", "out_of_memory": True}
 
 
-def _run(step: Any, config: RunConfig, size: int) -> None:
-    """Two steps, for what the first one leaves behind is kept by allocators, and an evaluation."""
+def _run(step: Any, config: RunConfig, size: int, *, steps: int) -> None:
+    """An evaluation after so many steps: PyTorch's allocators keep what the first leaves behind, and the second needs more."""
     from anarcho_train.step import StepSchedule
 
     batch = random_rows(config, size)
     count = 2 if config.batch_sequences > size else 1
-    for number in range(2):
+    for number in range(steps):
         step.train([batch] * count, schedule=StepSchedule(lr_scale=1.0, number=number))
     step.evaluate(batch)
 
