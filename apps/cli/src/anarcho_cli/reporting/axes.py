@@ -103,7 +103,8 @@ def tick_text(value: float, unit: Unit) -> str:
     if unit == "bytes":
         return f"{value / GIB:g}"
     if unit == "count":
-        return count_text(value).replace(".0 ", " ") if abs(value) >= 1000 else f"{value:g}"
+        size, name = next(((s, n) for s, n in ((1e9, " B"), (1e6, " M"), (1e3, " k")) if abs(value) >= s), (1, ""))
+        return f"{value / size:g}{name}"
     if value and not 1e-3 <= abs(value) < 1e5:
         return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
     return f"{round(value, 10):g}"

@@ -116,8 +116,10 @@ def _curve(line: Line, points: Sequence[Point], across: Scale, up: Scale) -> Mar
 
 
 def _faint(line: Line, across: Scale, up: Scale) -> Markup:
-    d = "".join(_path(thin(stretch, buckets=BUCKETS), across, up) for stretch in line.abandoned)
-    lone = "".join(_dots(stretch, across, up) for stretch in line.abandoned if len(stretch) == 1)
+    """What was done again, as far as it lies within what remains."""
+    stretches = [thin(stretch, buckets=BUCKETS) for stretch in line.abandoned]
+    d = "".join(_path(stretch, across, up) for stretch in stretches)
+    lone = "".join(_dots(stretch, across, up) for stretch in stretches if len(stretch) == 1)
     return join(
         element("path", class_=f"line faint c{line.colour % 8}", d=d) if d else None,
         element("path", class_=f"dots faint c{line.colour % 8}", d=lone) if lone else None,
@@ -143,7 +145,7 @@ def _dots(points: Sequence[Point], across: Scale, up: Scale) -> str:
 
 
 def _drawable(value: float, up: Scale) -> bool:
-    return math.isfinite(value) and (value > 0 or not up.logarithmic)
+    return math.isfinite(value) and (value > 0 or not up.logarithmic) and 0 <= up.position(value) <= 1
 
 
 def _mark_lines(marks: Sequence[Mark], across: Scale) -> Markup:
@@ -216,5 +218,4 @@ def _x(scale: Scale, step: float) -> str:
 
 
 def _y(scale: Scale, value: float) -> str:
-    # A value that was measured and done again may lie outside of what is drawn.
-    return f"{SIZE * (1 - min(1.0, max(0.0, scale.position(value)))):.1f}".removesuffix(".0")
+    return f"{SIZE * (1 - scale.position(value)):.1f}".removesuffix(".0")
