@@ -136,6 +136,7 @@ def test_killed_ranks_leave_the_last_step_and_any_number_of_processes_goes_on_to
     assert first.exit_codes() == [-signal.SIGKILL, LOST], first.errors(1)
     assert steps(first) == [2], "saved by the one that outlived the first"
     assert "another process of this run was lost" in first.errors(1)
+    assert "the state after step 2 is saved" in first.errors(1)
     rows += first.rows()
 
     alone = Launched(tmp_path, [again], faults={0: ("SIGTERM", 1)})
@@ -173,6 +174,7 @@ def test_a_process_that_stops_answering_is_given_up_after_the_timeout_with_the_l
     # Awake again, it finds the run saved by another, and leaves it alone.
     os.kill(frozen.pid, signal.SIGCONT)
     assert launched.exit_codes()[1] == LOST, launched.errors(1)
+    assert "others have gone on with it already" in launched.errors(1)
     assert steps(launched) == [2]
 
 

@@ -7,7 +7,10 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ import pytest
 pytest.importorskip("mlx.core")
 
 import mlx.core as mx
+from anarcho_train import RankLost
 from anarcho_train.steps import mlx_ranks
 
 from .conftest import CountingText
@@ -85,6 +89,20 @@ def test_a_rank_that_is_killed_ends_the_other_with_one_sentence(tmp_path):
     assert survivor.returncode == 1
     assert "RankLost: another process of this run was lost" in errors
     assert "start all of them again" in errors
+
+
+def test_an_exchange_without_an_answer_ends_after_the_timeout_and_every_later_one_at_once():
+    two = SimpleNamespace(rank=lambda: 0, size=lambda: 2)
+    ranks = mlx_ranks.MlxRanks(two, timeout_seconds=0.2)
+    never = threading.Event()
+    began = time.monotonic()
+    with pytest.raises(RankLost, match=r"did not answer for 0\.2 seconds"):
+        ranks._result(never.wait)
+    with pytest.raises(RankLost):
+        ranks.gathered([1.0])
+    assert time.monotonic() - began < 5
+    assert mx.array([1.0, 2.0]).sum().item() == 3, "what this thread computes does not wait for the one that is stuck"
+    never.set()
 
 
 def test_gradients_travel_in_few_buckets_that_hold_everything_once(monkeypatch):

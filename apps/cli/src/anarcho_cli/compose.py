@@ -28,6 +28,7 @@ from anarcho_cli.config import RunConfig
 from anarcho_cli.data import RunData, open_run_data
 from anarcho_cli.diagnostics import Diagnostics, diagnosed
 from anarcho_cli.disk_space import require_disk_space
+from anarcho_cli.fitting.decision import agreed
 from anarcho_cli.fitting.run_fit import find_fit
 from anarcho_cli.models import CHECKPOINTS
 from anarcho_cli.output import note
@@ -35,7 +36,7 @@ from anarcho_cli.reference import with_reference
 from anarcho_cli.resume_changes import Change, announcement, take_changes
 from anarcho_cli.run_directory import BASE, CONFIG_FILE, DATA, REFERENCE, TOKENIZER, create_run
 from anarcho_cli.run_sample import require_prompt, write_sample
-from anarcho_cli.shared_run import joined, process_facts
+from anarcho_cli.shared_run import joined, require_together
 from anarcho_cli.training_loop import make_loop, open_checkpoints, open_sinks, require_same_run
 
 
@@ -94,8 +95,7 @@ def train(
     ranks = ranks or Alone()
     framework = back_end(backend)
     framework.require_supported(config, device)
-    if ranks.size > 1:
-        require_equal(ranks, process_facts(config))
+    require_together(config, ranks)
     with after_first(ranks):
         if ranks.rank == 0:
             require_disk_space(run_directory / CHECKPOINTS, config)
@@ -149,8 +149,7 @@ def resume(
     config = configuration.resolve(preset=None, file=run_directory / CONFIG_FILE, overrides=overrides)
     framework = back_end(backend)
     framework.require_supported(config, device)
-    if ranks.size > 1:
-        require_equal(ranks, process_facts(config))
+    require_together(config, ranks)
     with joined(run_directory, ranks) as inherits, ExitStack() as stack:
         checkpoints = open_checkpoints(run_directory, config)
         checkpoint, changes = None, []
@@ -247,6 +246,7 @@ def _train(
     framework.limit_memory(device)
     with after_first(ranks):
         fit = find_fit(run_directory, config, backend=framework.NAME, device=device)
+    fit = agreed(fit, ranks)
     config = fit.applied(config) if fit else config
     step = framework.make_step(config, tokenizer, base, device=device, ranks=ranks)
     if config.data.kind == "preference" and config.preference.needs_reference:

@@ -96,7 +96,7 @@ def _prepared(config: RunConfig, directory: Path, tokenizer: AnyTokenizer) -> Ru
     return RunData(
         train=batches,
         validation=held_out,
-        samples_per_step=_pair_batches(config) if config.data.kind == "preference" else None,
+        samples_per_step=samples_per_step(config) if config.data.kind == "preference" else None,
         samples_per_epoch=batches.num_batches if isinstance(batches, BucketBatches) else batches.num_samples,
         sha256=hashlib.sha256(f"{train.fingerprint}{validation.fingerprint}".encode()).hexdigest(),
         facts={"train_tokens": train.num_tokens, "validation_tokens": validation.num_tokens},
@@ -201,9 +201,9 @@ def _pairs(
     return batches, SequentialBucketBatches(validation, batch_tokens=tokens, length=length, ladder=batches.ladder)
 
 
-def _pair_batches(config: RunConfig) -> int:
-    """Batches of pairs that make a step."""
-    return config.batch_sequences // config.bucket_sequences
+def samples_per_step(config: RunConfig) -> int:
+    """What several processes share of a step: its sequences, or batches of pairs."""
+    return config.batch_sequences // (config.bucket_sequences if config.data.kind == "preference" else 1)
 
 
 def _sequential(config: RunConfig, shards: TokenShards) -> SequentialBatches:

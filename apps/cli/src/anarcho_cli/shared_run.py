@@ -15,11 +15,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from anarcho_train import Ranks, RanksDiffer, after_first, lock_run, told
+from anarcho_train import Ranks, RanksDiffer, after_first, lock_run, require_equal, share, told
 from filelock import FileLock
 
 from anarcho_cli import config as configuration
 from anarcho_cli.config import RunConfig
+from anarcho_cli.data import samples_per_step
 from anarcho_cli.run_directory import locked
 
 TOKEN_FILE = ".processes"
@@ -33,13 +34,17 @@ _INHERIT_SECONDS = 2.0
 _PACKAGES = ("anarcho-tokenize", "anarcho-model", "anarcho-optim", "anarcho-train", "anarcho-monitor", "anarcho-cli")
 
 
-def process_facts(config: RunConfig) -> dict[str, str]:
-    """What must be the same in all processes of a run before anything is written, by name."""
-    return {
+def require_together(config: RunConfig, ranks: Ranks) -> None:
+    """Refuses processes that cannot train together, before anything is written; raises `RanksDiffer`."""
+    if ranks.size == 1:
+        return
+    facts = {
         "the configuration": configuration.dumps(config),
         "the versions of the packages": " ".join(version(name) for name in _PACKAGES),
         "the version of MLX": version("mlx"),
     }
+    require_equal(ranks, facts)
+    share(samples_per_step(config), ranks)
 
 
 @contextmanager

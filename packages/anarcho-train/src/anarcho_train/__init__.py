@@ -10,7 +10,18 @@ from anarcho_train.draws import TrainingDraws
 from anarcho_train.loop import Loop, TrainResult
 from anarcho_train.micro_batch import LinearPeak, MicroBatches, divisors, next_smaller
 from anarcho_train.out_of_memory import OutOfMemory
-from anarcho_train.ranks import Alone, RankFailed, RankLost, Ranks, RanksDiffer, after_first, known_to_all, require_equal, told
+from anarcho_train.ranks import (
+    Alone,
+    RankFailed,
+    RankLost,
+    Ranks,
+    RanksDiffer,
+    after_first,
+    known_to_all,
+    require_equal,
+    share,
+    told,
+)
 from anarcho_train.recovery import RecoveryConfig, TrainingDiverged
 from anarcho_train.reference import ReferenceCache, ReferenceCacheError, ReferencedTraining, ReferencedValidation
 from anarcho_train.saving import SaveFailed, free_bytes
@@ -58,5 +69,6 @@ __all__ = [
     "lock_run",
     "next_smaller",
     "require_equal",
+    "share",
     "told",
 ]

@@ -168,8 +168,7 @@ class Loop:
                 while not self._make_steps(stop):
                     pass
             except RankLost as error:
-                self._outlive(error)
-                raise
+                raise RankLost(f"{error}; {self._outlive(error)}") from error
             if number := self._agreed_stop or stop.number:
                 self._stop(number)
         return self._result
@@ -257,20 +256,23 @@ class Loop:
             self._result.stopped_by = number
         self._event(f"stopped by signal {number}; the state is saved")
 
-    def _outlive(self, error: RankLost) -> None:
+    def _outlive(self, error: RankLost) -> str:
         """Another rank is gone: the state is saved by the one that may write, which does alone what is still due after the last step.
 
-        Where others have gone on with the run meanwhile (this process was asleep), they have written checkpoints that it does not know.
+        Returns what became of it. Where others have gone on with the run meanwhile (this process was asleep), they have written
+        checkpoints that it does not know.
         """
         if not self._whole or not self.inherits():
-            return
+            return "this process saves nothing"
         if self.ranks.rank and self._newest_written() != (self._saved_step or 0):
-            return
+            return "others have gone on with it already"
         self.ranks = Alone()
         if not self._concluded:
             self._conclude_step()
         self._save(planned=False)
-        self._event(f"{error}; the state after step {self._result.step} is saved", fault="rank")
+        saved = f"the state after step {self._result.step} is saved" if self._result.step else "no step was made yet"
+        self._event(f"{error}; {saved}", fault="rank")
+        return saved
 
     def _newest_written(self) -> int:
         return max((info.step for info in self.checkpoints.list(check_hashes=False)), default=0)

@@ -1,0 +1,59 @@
+"""How a process knows that mlx.launch has started it with others, and what is refused before they meet."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from anarcho_cli.config import resolve
+from anarcho_cli.launching import LaunchError, connected, transport
+from anarcho_train import Alone
+
+
+@pytest.fixture
+def hosts(tmp_path):
+    """A file of addresses as mlx.launch writes it, of several processes or of one."""
+
+    def write(count: int) -> str:
+        path = tmp_path / f"hosts-{count}.json"
+        path.write_text(json.dumps([[f"127.0.0.1:{5000 + n}"] for n in range(count)]) if count > 1 else "\n")
+        return str(path)
+
+    return write
+
+
+def test_the_environment_of_mlx_launch_names_the_transport(hosts):
+    assert transport({}) is None
+    assert transport({"MLX_RANK": "0", "MLX_HOSTFILE": hosts(2)}) == "ring"
+    assert transport({"MLX_RANK": "0", "MLX_HOSTFILE": hosts(1)}) is None, "mlx.launch -n 1"
+    assert transport({"MLX_RANK": "1", "MLX_JACCL_COORDINATOR": "a:1", "MLX_IBV_DEVICES": "f"}) == "jaccl"
+    assert transport({"MLX_RANK": "1", "NCCL_HOST_IP": "a", "MLX_WORLD_SIZE": "2"}) == "nccl"
+    assert transport({"OMPI_COMM_WORLD_SIZE": "4"}) == "mpi"
+    assert transport({"OMPI_COMM_WORLD_SIZE": "1"}) is None
+
+
+def test_a_file_of_addresses_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(LaunchError, match=r"MLX_HOSTFILE is .*missing.json, which cannot be read"):
+        transport({"MLX_RANK": "0", "MLX_HOSTFILE": str(tmp_path / "missing.json")})
+
+
+def test_several_processes_with_pytorch_are_refused(hosts, monkeypatch):
+    monkeypatch.setenv("MLX_RANK", "0")
+    monkeypatch.setenv("MLX_HOSTFILE", hosts(2))
+    with pytest.raises(LaunchError, match="the back-end torch trains in one"), connected(resolve(), backend="torch"):
+        pass
+
+
+def test_a_process_alone_loads_no_mlx_to_find_that_out():
+    code = (
+        "import sys; from anarcho_cli.config import resolve; from anarcho_cli.launching import connected\n"
+        "with connected(resolve(), backend='torch') as ranks: assert ranks.size == 1\n"
+        "assert not {'mlx', 'torch'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PATH": ""})
+
+
+def test_alone_says_its_own_numbers():
+    assert Alone().gathered([1.0, 2.0]).tolist() == [[1.0, 2.0]]
