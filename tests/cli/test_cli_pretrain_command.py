@@ -234,6 +234,7 @@ def test_resume_refuses_what_would_change_the_run(option: list[str], composer: C
         (["--name", ""], ["--name"]),
         (["--resume", "absent"], ["absent"]),
         (["--resume", "."], ["config.toml"]),
+        (["--allow-changes"], ["--allow-changes", "--resume"]),
         (["--runs-dir", "a-file"], ["a-file", "expected a directory"]),
         (["--name", "taken"], ["taken", "exists already", "--resume"]),
     ],

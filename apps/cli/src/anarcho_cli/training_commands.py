@@ -46,7 +46,9 @@ ResumeOption = Annotated[
 ]
 SuperviseOption = Annotated[
     bool,
-    typer.Option("--supervise", help="Start the training again where the system kills it; recovery.max_restarts times."),
+    typer.Option(
+        "--supervise", help="Start the training again where the system kills it; recovery.max_restarts times."
+    ),
 ]
 AllowChangesOption = Annotated[
     bool,
@@ -73,6 +75,14 @@ _WITH_RESUME = (
     *("resume", "backend", "device", "json", "overrides", "allow_changes", "supervise"),
     *("profile", "detect_anomaly"),
 )
+
+
+def refuse_without_resume(*, allow_changes: bool) -> None:
+    """What is for runs that go on has no meaning for one that begins."""
+    from anarcho_cli.runs import RunError
+
+    if allow_changes:
+        raise RunError("--allow-changes goes with --resume alone; a run that begins takes any configuration")
 
 
 def refuse_with_resume(ctx: typer.Context) -> None:

@@ -163,8 +163,8 @@ class CheckpointStore:
         return None
 
     def discard_after(self, step: int) -> None:
-        """Deletes the sound checkpoints after ``step``, which the run does not go on from any more."""
-        for info in self.list(check_hashes=False):
+        """Deletes the sound checkpoints after ``step``, which the run does not go on from any more; damaged ones are passed over anyway."""
+        for info in self.list():
             if info.step > step and info.valid:
                 _delete(info.path)
 

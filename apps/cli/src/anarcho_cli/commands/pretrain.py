@@ -26,6 +26,7 @@ from anarcho_cli.training_commands import (
     SuperviseOption,
     chosen_backend,
     refuse_with_resume,
+    refuse_without_resume,
     resume_run,
     start_run,
 )
@@ -81,6 +82,7 @@ def pretrain(
             diagnostics=diagnostics,
         )
         return
+    refuse_without_resume(allow_changes=allow_changes)
     config = _configuration(preset=preset, file=file, overrides=overrides or [], data=data, tokenizer=tokenizer)
     if supervise and not dry_run:
         from anarcho_cli.supervision import supervise_new

@@ -25,6 +25,7 @@ from anarcho_cli.training_commands import (
     SuperviseOption,
     chosen_backend,
     refuse_with_resume,
+    refuse_without_resume,
     resume_run,
     start_run,
 )
@@ -87,6 +88,7 @@ def tuning_command(kind: str, *, preset: str, doc: str) -> Callable[..., None]:
                 diagnostics=diagnostics,
             )
             return
+        refuse_without_resume(allow_changes=allow_changes)
         from anarcho_cli.models import ModelNotFoundError, find_model
 
         if base is None:
