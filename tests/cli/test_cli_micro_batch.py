@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 from anarcho_cli.config import RunConfig, resolve
-from anarcho_cli.fitting.budget import USED_SHARE, forecast_bytes, mlx_budget, torch_budget
+from anarcho_cli.fitting.budget import USED_SHARE, forecast_bytes, mlx_budget, torch_budget, with_size
 from anarcho_cli.fitting.decision import Probed, agreed, find, kept
 from anarcho_cli.fitting.probing import probe
 from anarcho_cli.plan import plan_run
@@ -202,6 +202,24 @@ def test_a_probe_s_end_takes_nothing_of_what_it_has_told(ending, failure, out_of
     command = (sys.executable, "-c", FAKE + ending)
     found = probe(config_of(), (1, 2), **PLACE, command=command, timeout_seconds=3 if "sleep" in ending else 60)
     assert found == Probed(peaks={1: 7}, failure=failure, out_of_memory=out_of_memory)
+
+
+def test_a_probe_measures_whole_steps_of_pairs_in_a_process_of_its_own():
+    pytest.importorskip("mlx.core")
+    tiny = [
+        "model.num_layers=1",
+        "model.dim=64",
+        "model.num_heads=1",
+        "tokenizer.vocab_size=512",
+        "train.sequence_length=64",
+    ]
+    config = config_of(*tiny, "train.batch_tokens=2048", preset="preference")
+    place = {"backend": "mlx", "device": "cpu"}
+    found = probe(with_size(config, micro_batch=4, checkpointing=False), (2, 16), **place)
+    assert (found.failure, sorted(found.peaks)) == ("", [2, 16])
+    assert found.peaks[16] > found.peaks[2] > 30 * 2**20
+    for size, peak in found.peaks.items():
+        assert peak < 1.2 * forecast_bytes(config, micro_batch=size, checkpointing=False, **place)
 
 
 def test_a_plan_leaves_open_what_is_found_later_and_the_dry_run_forecasts_it(anarcho):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -277,3 +278,35 @@ def test_what_was_computed_is_free_before_it_is_tried_again():
     with pytest.raises(OutOfMemory, match="MPS backend out of memory"):
         guarded(work, recover=lambda: bool(alive))
     assert alive == []
+
+
+class Wide(Bigram):
+    """Keeps several times 8 MiB for each row."""
+
+    def token_logprobs(self, tokens: torch.Tensor, targets: torch.Tensor, **_: Any) -> torch.Tensor:
+        logprobs = super().token_logprobs(tokens, targets)
+        return logprobs + (logprobs[:, :1, None].expand(-1, 1, 2**21) * 1e-9).sigmoid().mean(-1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there a process's memory is limited by rlimit")
+def test_memory_that_really_runs_out_is_found_in_smaller_micro_batches(make_loop, tmp_path):
+    import resource
+
+    def build(directory: Path, micro_batch: int) -> SimpleNamespace:
+        torch.manual_seed(0)
+        settings = {"steps": 1, "eval_every": 0, "checkpoint_every": 0}
+        return make_loop(directory, step=make_step(Wide()), micro_batch=micro_batch, **settings)
+
+    small, run = build(tmp_path / "small", 2), build(tmp_path / "run", 8)
+    small.loop.run()
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (held + 90 * 2**20, limits[1]))  # Eight rows take 64 MiB more than once.
+    try:
+        run.loop.run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    events = [line["message"] for line in run.sink.of("event")]
+    assert "DefaultCPUAllocator: can't allocate memory" in events[0]
+    for own, other in zip(weights(run), weights(small), strict=True):
+        torch.testing.assert_close(own, other, atol=1e-5, rtol=0)
