@@ -163,12 +163,12 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(begin, tmp_path):
 
 
 def test_a_process_that_stops_answering_is_given_up_after_the_timeout_with_the_last_step_saved(begin, tmp_path):
-    arguments = [*begin, "--set", "train.rank_timeout_seconds=1.5"]
+    arguments = [*begin, "--set", "train.rank_timeout_seconds=2.5"]
     launched = Launched(tmp_path, [arguments, arguments], faults={1: ("SIGSTOP", 3)})
     first, frozen = launched.processes
     first.join(30)
     assert first.exitcode == LOST, launched.errors(0)
-    assert "it did not answer for 1.5 seconds" in launched.errors(0)
+    assert "it did not answer for 2.5 seconds" in launched.errors(0)
     assert steps(launched) == [2]
 
     # Awake again, it finds the run saved by another, and leaves it alone.

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 LEAVING_SECONDS = 60.0
 """A process that has lost another one is gone after so long, even where a disk or a library does not let go of it."""
+
+LATER_SECONDS = 1.0
+"""What the first process has to end before the others do."""
 
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
@@ -71,7 +75,7 @@ def connected(config: RunConfig, *, backend: str) -> Iterator[Ranks]:
         raise
     except Exception as error:
         if known_to_all(error) or isinstance(error, typer.Exit):
-            at_end.append(lambda: _leave_together(ranks))
+            at_end.append(lambda: _leave_together(ranks, badly=True))
         if ranks.rank and isinstance(error, RanksDiffer | RankFailed):  # The message of the first is enough.
             raise typer.Exit(explain(error)[1]) from error
         raise
@@ -79,12 +83,14 @@ def connected(config: RunConfig, *, backend: str) -> Iterator[Ranks]:
         at_end.append(lambda: _leave_together(ranks))
 
 
-def _leave_together(ranks: Ranks) -> None:
-    """Waits for the others, of which one may be gone already."""
+def _leave_together(ranks: Ranks, *, badly: bool = False) -> None:
+    """Waits for the others, of which one may be gone already; those that end badly leave after the first, which mlx.launch would end."""
     from anarcho_train import RankLost
 
     with suppress(RankLost):
         ranks.gathered([0.0])
+    if badly and ranks.rank:
+        time.sleep(LATER_SECONDS)
 
 
 def _leave_soon() -> None:
