@@ -159,6 +159,23 @@ def test_another_tokenizer_is_refused_before_the_first_step(anarcho, begun: Path
     assert last_step(run) == 2
 
 
+def test_the_policy_of_the_configuration_is_the_runs(anarcho, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from anarcho_model.torch import GPT
+
+    with monkeypatch.context() as patch:
+        logprobs = GPT.token_logprobs
+        patch.setattr(GPT, "token_logprobs", lambda *args, **options: logprobs(*args, **options) * float("nan"))
+        policy = ["--set", "recovery.non_finite=stop", "--allow-changes"]
+        result = anarcho("pretrain", "--resume", run, *policy)
+    assert result.exit_code == 2
+    assert "step 3 stopped the run, as recovery.non_finite = 'stop' asks for: loss nan" in result.stderr
+    assert last_step(run) == 3, "nothing is lost"
+    event = [record for record in read_metrics(run / "metrics.jsonl") if record.get("fault")][-1]
+    assert (event["fault"], event["first_sample"], event["last_sample"]) == ("non_finite", 8, 11)
+    assert anarcho("pretrain", "--resume", run).exit_code == 0
+    assert last_step(run) == 4
+
+
 def test_a_damaged_shard_is_named_and_left_out_only_if_the_policy_says_so(anarcho, run: Path) -> None:
     shard = run / "data" / "train" / "shard-00000.bin"
     data = bytearray(shard.read_bytes())
