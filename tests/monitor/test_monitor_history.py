@@ -152,22 +152,24 @@ def test_short_curves_stay_whole_and_no_buckets_are_refused() -> None:
 def test_tensorboard_tells_every_number_of_every_surviving_record_and_no_other(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    def play(attempt: int, first: int, last: int) -> None:
+    def play(attempt: int, first: int, last: int, *, back_to: int | None = None) -> None:
         sinks = [
             MetricsLog(tmp_path / "metrics.jsonl", run="r", attempt=attempt),
             TensorBoardSink(tmp_path / "tensorboard"),
         ]
         for sink in sinks:
             sink.write("start", step=first, tokens=0, device="cpu", parameters=7)
-            for step in range(first + 1, last + 1):
+            for step in [*range(first + 1, last + 1), *range((last if back_to is None else back_to) + 1, last + 3)]:
+                if step - 1 == back_to:
+                    sink.write("event", step=back_to, tokens=0, message="rolled back", rolled_back_to=back_to)
                 values = {"loss": 1 / step + attempt, "lr_a": 1e-3 * step, "update_ratio_a": 0.01, "eta_seconds": 3.5}
                 sink.write("train", step=step, tokens=step, **values, process_bytes=step * 2**28, note=None)
-            sink.write("validation", step=last, tokens=0, loss=2.5, bits_per_byte=math.inf)
-            sink.write("checkpoint", step=last, tokens=0, path="step", seconds=0.25)
+            sink.write("validation", step=last + 2, tokens=0, loss=2.5, bits_per_byte=math.inf)
+            sink.write("checkpoint", step=last + 2, tokens=0, path="step", seconds=0.25)
             sink.close()
 
     play(1, 0, 6)
-    play(2, 4, 9)
+    play(2, 4, 9, back_to=7)
     accumulator = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0})
     accumulator.Reload()
     shown = {
@@ -180,7 +182,7 @@ def test_tensorboard_tells_every_number_of_every_surviving_record_and_no_other(t
             number = number_from_json(value)
             if name in ("v", "attempt", "step", "tokens", "t_wall", "t_mono") or number is None:
                 continue
-            if entry["kind"] in ("train", "validation", "checkpoint"):
+            if entry["kind"] in ("train", "validation", "checkpoint", "event"):
                 tag = tag_of(entry["kind"], name)
                 expected[tag, entry["step"]] = number / 2**30 if tag.endswith("_GiB") else number
     assert shown.keys() == expected.keys()

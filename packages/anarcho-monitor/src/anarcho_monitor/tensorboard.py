@@ -42,7 +42,8 @@ class TensorBoardSink:
     """Writes one event file to `directory`.
 
     Data of `purge_step` and later steps from earlier event files is hidden by TensorBoard; a "start" record does the same for
-    the steps after its own, so a resumed run needs no `purge_step` where the loop writes "start" with the restored step.
+    the steps after its own, so a resumed run needs no `purge_step` where the loop writes "start" with the restored step; and so does any
+    record of an earlier step than the one before it, which a run writes that was rolled back.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, purge_step: int | None = None) -> None:
@@ -55,6 +56,7 @@ class TensorBoardSink:
                 "or set monitor.tensorboard = false."
             ) from error
         self._event, self._summary, self._tensor, self._types = event_pb2, summary_pb2, tensor_pb2, types_pb2
+        self._last_step = 0
         self._file = _new_event_file(Path(directory))
         self._writer = RecordWriter(self._file)
         self._add(0, file_version="brain.Event:2")
@@ -65,6 +67,9 @@ class TensorBoardSink:
         """Writes numbers as scalars and text as text; what is neither (None, lists, switches) is for metrics.jsonl alone."""
         if kind == "start":
             self._purge(step + 1)
+        elif step < self._last_step:  # An event tells the step that the run went back to, other records one done again.
+            self._purge(step + 1 if kind == "event" else step)
+        self._last_step = step
         if kind in _SUMMARY_KINDS:
             summary = [self._text(f"run/{kind}", _bullets({"step": step, "tokens": tokens} | values))]
         else:
