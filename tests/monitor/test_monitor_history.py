@@ -175,6 +175,9 @@ def test_tensorboard_tells_every_number_of_every_surviving_record_and_no_other(t
     shown = {
         (tag, event.step): event.value for tag in accumulator.Tags()["scalars"] for event in accumulator.Scalars(tag)
     }
+    for tag in accumulator.Tags()["scalars"]:
+        steps = [event.step for event in accumulator.Scalars(tag)]
+        assert steps == sorted(set(steps)), tag  # Nothing that was done again is told twice.
     history = RunHistory.read(tmp_path / "metrics.jsonl")
     expected = {}
     for entry in history.survivors:
