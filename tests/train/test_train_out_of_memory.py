@@ -246,6 +246,30 @@ def test_a_run_in_mlx_that_finds_no_memory_ends_with_the_weights_of_smaller_micr
         np.testing.assert_allclose(np.array(value), np.array(expected[parameter]), atol=1e-5, rtol=0)
 
 
+def test_processes_of_a_run_find_together_that_one_of_them_has_no_memory():
+    pytest.importorskip("mlx.core")
+    from anarcho_train.steps.mlx_memory import agreed_memory
+
+    def ranks(*failed: float) -> Any:
+        return SimpleNamespace(size=2, gathered=lambda values: np.array([values, failed]))
+
+    with agreed_memory(ranks(0.0)):
+        pass
+    with pytest.raises(OutOfMemory, match="another process of the run"), agreed_memory(ranks(1.0)):
+        pass
+    with pytest.raises(OutOfMemory, match="Resource limit"), agreed_memory(ranks(0.0)):
+        raise LIMIT
+    with pytest.raises(KeyError), agreed_memory(ranks(0.0)):
+        raise KeyError
+
+
+def test_without_a_checkpoint_and_its_first_weights_a_torn_update_ends_the_run_with_a_sentence(make_loop, tmp_path):
+    run = make_loop(tmp_path, step=make_step(), micro_batch=8, **SHORT)
+    inject_torch(run.loop.step, "optimizer", Fails(CUDA, after=1))
+    with pytest.raises(ValueError, match="with which weights the training began"):
+        run.loop.run()
+
+
 @pytest.mark.parametrize(
     "error", [CUDA, MPS, CPU, METAL, LIMIT, MLX, COMMAND, MLX_CUDA, MemoryError()], ids=lambda e: str(e)[:20]
 )

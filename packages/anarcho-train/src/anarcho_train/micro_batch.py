@@ -1,7 +1,8 @@
 """How a step's samples are cut into what goes through the model at once: the arithmetic of choosing it, and making it smaller on the way.
 
 Notable: the samples of a step are fixed, so a smaller micro-batch changes neither what is learned nor from what, but for rounding. All
-micro-batches of a step have one shape where samples are sequences, because compiled functions are made for each shape anew.
+micro-batches of a step have one shape where samples are sequences, because compiled functions are made for each shape anew. One loss
+looks beyond its rows: KTO estimates its point of reference from the answers that go through the model together, so from fewer then.
 """
 
 from __future__ import annotations
