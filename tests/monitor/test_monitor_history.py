@@ -159,8 +159,9 @@ def test_tensorboard_tells_every_number_of_every_surviving_record_and_no_other(t
         ]
         for sink in sinks:
             sink.write("start", step=first, tokens=0, device="cpu", parameters=7)
-            for step in [*range(first + 1, last + 1), *range((last if back_to is None else back_to) + 1, last + 3)]:
-                if step - 1 == back_to:
+            again = last if back_to is None else back_to
+            for number, step in enumerate([*range(first + 1, last + 1), *range(again + 1, last + 3)]):
+                if number == last - first and back_to is not None:
                     sink.write("event", step=back_to, tokens=0, message="rolled back", rolled_back_to=back_to)
                 values = {"loss": 1 / step + attempt, "lr_a": 1e-3 * step, "update_ratio_a": 0.01, "eta_seconds": 3.5}
                 sink.write("train", step=step, tokens=step, **values, process_bytes=step * 2**28, note=None)
