@@ -7,20 +7,23 @@ it, may one that outlives the first take it and write the last state.
 
 from __future__ import annotations
 
+import os
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from anarcho_train import Ranks, RanksDiffer, after_first, lock_run, require_equal, share, told
-from filelock import FileLock
 
 from anarcho_cli import config as configuration
 from anarcho_cli.config import RunConfig
 from anarcho_cli.data import samples_per_step
+from anarcho_cli.errors import RANK_LOST
 from anarcho_cli.run_directory import locked
 
 TOKEN_FILE = ".processes"
@@ -102,21 +105,27 @@ class _Heir:
 
     def __init__(self, run_directory: Path) -> None:
         self._directory = run_directory
-        self._lock: FileLock | None = self._attempt()
+        self._lock = self._attempt()
         self._proved = self._lock is None
         if self._lock is not None:  # Although the first process has it.
             self._lock.release()
+            self._lock = None
 
     def __call__(self) -> bool:
+        # A share that is gone with the first process never answers.
+        guard = threading.Timer(SHARED_SECONDS, os._exit, [RANK_LOST])
+        guard.daemon = True
+        guard.start()
         until = time.monotonic() + _INHERIT_SECONDS
         while self._proved and time.monotonic() < until:
             self._lock = self._attempt()  # Held until the process ends.
             if self._lock is not None:
-                return True
+                break
             time.sleep(_POLL_SECONDS)
-        return False
+        guard.cancel()
+        return self._lock is not None
 
-    def _attempt(self) -> FileLock | None:
+    def _attempt(self) -> Any:
         try:
             return lock_run(self._directory)
         except (ValueError, OSError, NotImplementedError):
