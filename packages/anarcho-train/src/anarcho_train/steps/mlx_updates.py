@@ -23,7 +23,8 @@ class UpdateSizes:
         self._model = model
         parameters = _parameters(model)
         self._groups = {name: {p: _sample(parameters[p]) for p in members} for name, members in groups.items()}
-        mx.async_eval(self._groups)  # Copies, or the weights before the update would stay in memory beside those after it.
+        # Copies, or the weights before the update would stay in memory beside those after it.
+        mx.async_eval(self._groups)
 
     def ratios(self) -> dict[str, float]:
         """``|update| / |weights|`` by group; a group without weights but zeros is left out."""
