@@ -82,7 +82,7 @@ def test_the_next_smaller_size_divides_the_step_and_is_at_most_half():
 
 
 @given(rows=st.integers(1, 40), length=st.integers(1, 6), most=st.integers(1, 200))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_parts_of_a_batch_are_its_rows_in_order_and_part_no_pair(rows, length, most):
     ids = np.arange(rows * length).reshape(rows, length)
     parts = MicroBatches(samples=1, length=length, whole=True, tokens=most).parts(
@@ -95,7 +95,7 @@ def test_parts_of_a_batch_are_its_rows_in_order_and_part_no_pair(rows, length, m
 
 
 @given(rows=st.lists(st.sampled_from([2, 4, 6, 8, 16, 24, 32]), min_size=1, max_size=4), length=st.integers(1, 9))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_shrinking_halves_the_largest_batch_until_only_pairs_are_left(rows, length):
     batches = [
         Rows(tokens=ids, targets=ids, weights=ids) for ids in (np.zeros((n, length + i)) for i, n in enumerate(rows))

@@ -117,14 +117,16 @@ def small_weights() -> list[torch.Tensor]:
     return list(step.model.parameters())
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize(
-    ("error", "after"),
-    [(CUDA, 4), (MPS, 4), (CPU, 4), (MPS, 0)],
-    ids=["cuda", "mps", "cpu", "mps at the beginning"],
+    ("moment", "error", "after"),
+    [
+        *[(moment, error, 4) for error in (CUDA, MPS, CPU) for moment in MOMENTS],
+        *[(moment, MPS, 0) for moment in ("forward", "optimizer")],
+    ],
+    ids=lambda value: value if isinstance(value, str) else str(value)[:8],
 )
 def test_a_run_that_finds_no_memory_ends_with_the_weights_of_smaller_micro_batches(
-    make_loop, small_weights, tmp_path, error, moment, after
+    make_loop, small_weights, tmp_path, moment, error, after
 ):
     run = torch_loop(make_loop, tmp_path, micro_batch=8, **SHORT)
     fails = Fails(error, after=after // 4 if moment == "evaluation" else after)
