@@ -307,7 +307,7 @@ def test_killed_or_stopped_at_any_step_around_faults_and_resumed_a_run_ends_bitw
     assert [event["action"] for event in fault_events(whole)].count("rollback") >= 2
     steps = len(whole.text.consumed) // PER_STEP
     # Not each step in each way and framework, so that all are quick; each instant is one of some.
-    stride = {"kill": 2, "stop": 3}[wanted] * (1 if make_fragile is torch_step else 3)
+    stride = {"kill": 3, "stop": 4}[wanted] * (1 if make_fragile is torch_step else 3)
     for number in range(0, steps, stride):
         run = make_run(tmp_path / f"{number}", faults=FAULTS, step=make_fragile(), recovery=ROLLBACK, keep_last=1)
         train = run.step.train
