@@ -43,7 +43,15 @@ class Verdict(StrEnum):
 
 _SAFE = {
     "data": ("num_workers", "network_retries", "max_bad_share"),
-    "train": ("eval_every", "checkpoint_every", "keep_last", "log_every", "micro_batch", "gradient_checkpointing", "rank_timeout_seconds"),
+    "train": (
+        "eval_every",
+        "checkpoint_every",
+        "keep_last",
+        "log_every",
+        "micro_batch",
+        "gradient_checkpointing",
+        "rank_timeout_seconds",
+    ),
     "recovery": ("max_skips", "max_rollbacks", "max_failed_saves", "max_restarts"),
     "monitor": "*",
     "sample": "*",
