@@ -15,7 +15,7 @@ from .conftest import SMALL, settings
 
 KILL = """
 import os, signal
-import anarcho_train.loop, anarcho_train.checkpoint, anarcho_train.steps.torch
+import anarcho_train.evaluations, anarcho_train.checkpoint, anarcho_train.steps.torch
 def kill_before(owner, name, when):
     original, calls = getattr(owner, name), [0]
     def wrapper(*args, **kwargs):
@@ -27,7 +27,7 @@ def kill_before(owner, name, when):
 kill_before({owner}, "{name}", {when})
 """
 
-LOOP, STEP = "anarcho_train.loop.Loop", "anarcho_train.steps.torch.TorchStep"
+EVALUATIONS, STEP = "anarcho_train.evaluations.Evaluations", "anarcho_train.steps.torch.TorchStep"
 
 INSTANTS = {
     "before the first step": (STEP, "train", 1),
@@ -35,7 +35,7 @@ INSTANTS = {
     "inside the write of a checkpoint": ("anarcho_train.checkpoint", "_describe", 3),
     "before a checkpoint takes its name": ("anarcho_train.checkpoint", "sync", 4),
     "in an evaluation": (STEP, "evaluate", 2),
-    "after the last step": (LOOP, "_evaluate", 2),
+    "after the last step": (EVALUATIONS, "run", 2),
 }
 
 

@@ -80,7 +80,7 @@ def test_a_signal_lets_the_step_finish_saves_and_says_which_it_was(make_loop, nu
     inner = run.loop.step.train
 
     def train_and_signal(micro_batches, *, schedule):
-        if run.loop._result.step == 4:
+        if run.loop.progress.result.step == 4:
             os.kill(os.getpid(), number)
         return inner(micro_batches, schedule=schedule)
 

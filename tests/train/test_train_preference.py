@@ -306,7 +306,7 @@ def test_an_interrupted_run_of_preferences_is_bitwise_the_uninterrupted_one(make
         first.loop.run()
     second = tune(make_loop, tmp_path / "parts", steps=9)
     second.loop.resume(second.store.latest_valid())
-    assert second.loop._result.step == 5
+    assert second.loop.progress.result.step == 5
     second.loop.run()
     pairs = zip(whole.loop.step.model.parameters(), second.loop.step.model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)

@@ -343,8 +343,8 @@ def test_killed_within_a_rollback_and_resumed_a_run_ends_bitwise_alike(tmp_path,
     elif instant == "roll_back":
         monkeypatch.setattr("anarcho_train.recovery._replace", die)
     else:
-        note = run.loop._recovery.roll_back
-        run.loop._recovery.roll_back = lambda **values: (note(**values), die())
+        note = run.loop.policies.roll_back
+        run.loop.policies.roll_back = lambda **values: (note(**values), die())
     with pytest.raises(Killed):
         run.loop.run()
     monkeypatch.undo()

@@ -109,7 +109,7 @@ def test_a_limit_of_the_operating_system_is_survived_at_every_size_of_file(tmp_p
             # The checkpoint of step 3 has been made; that of step 4, which an injected wish asks for, finds no room.
             if number == 4:
                 with file_size_limit(limit):
-                    run.loop._save()
+                    run.loop.saving.save()
             return schedule(number)
 
         run.loop.schedule = limited

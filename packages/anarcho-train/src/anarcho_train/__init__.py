@@ -7,9 +7,10 @@ from anarcho_train.anomalies import AnomalyDetection, NonFiniteNumbers
 from anarcho_train.checkpoint import CheckpointError, CheckpointInfo, CheckpointStore, lock_run
 from anarcho_train.config import PreferenceConfig, TrainConfig
 from anarcho_train.draws import TrainingDraws
-from anarcho_train.loop import Loop, TrainResult
+from anarcho_train.loop import Loop
 from anarcho_train.micro_batch import LinearPeak, MicroBatches, divisors, next_smaller
 from anarcho_train.out_of_memory import OutOfMemory
+from anarcho_train.progress import TrainResult
 from anarcho_train.ranks import (
     Alone,
     RankFailed,
