@@ -22,6 +22,7 @@ from anarcho_cli.commands import (
     generate,
     import_,
     pipeline,
+    plan,
     pretrain,
     report,
     serve,
@@ -42,6 +43,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+app.command("plan")(plan.plan)
 app.command("pretrain")(pretrain.pretrain)
 app.command("sft")(tune.sft)
 app.command("preference")(tune.preference)
