@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import typer
-
 from anarcho_cli.devices import Device
 from anarcho_cli.training_commands import (
     BackendOption,
