@@ -6,9 +6,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from anarcho_cli.models import ModelNotFoundError, Which, find_model
 from anarcho_train.checkpoint import CheckpointStore
+from safetensors.numpy import save_file
 
 
 @pytest.fixture
@@ -24,8 +26,8 @@ def save_checkpoint(store: CheckpointStore, *, step: int, loss: float) -> None:
     """A checkpoint whose files hold nothing but their own step."""
 
     def write(directory: Path) -> None:
-        for name in ("config.json", "model.safetensors"):
-            (directory / name).write_text(f"{name} {step}")
+        (directory / "config.json").write_text(f"config {step}")
+        save_file({"step": np.array([step])}, directory / "model.safetensors")
 
     store.save(step, write, state={"validation_loss": loss})
 
@@ -54,7 +56,7 @@ def test_a_damaged_last_checkpoint_is_passed_over_and_named(run: Path, capsys: p
 def damage(run: Path) -> None:
     """Change one byte of the newest checkpoint and keep its size."""
     weights = run / "checkpoints" / "step-00000003" / "model.safetensors"
-    weights.write_text(weights.read_text().replace("3", "4"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
 
 
 @pytest.mark.parametrize("make", [lambda path: None, Path.mkdir, Path.touch])

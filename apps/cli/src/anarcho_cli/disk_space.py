@@ -27,8 +27,8 @@ def checkpoint_bytes(config: RunConfig) -> int:
 
 
 def checkpoints_at_once(config: RunConfig) -> int:
-    """How many checkpoints there can be: the newest, the best one, and one that is being written."""
-    return min(config.train.keep_last + 2, config.train.steps + 1)
+    """How many checkpoints there can be: the newest, the best one, one that is due by the clock, and one that is being written."""
+    return min(config.train.keep_last + 2 + (config.train.checkpoint_minutes > 0), config.train.steps + 1)
 
 
 def require_disk_space(directory: Path, config: RunConfig) -> None:

@@ -124,6 +124,8 @@ def plan_run(config: RunConfig, *, device: str, backend: str = "torch", rows: in
             segments=config.data.isolate_documents,
             adapter=config.lora,
             framework="mlx" if mlx else "torch",
+            # `auto` makes the copy only where there is room left; a GPU with memory of its own has it elsewhere.
+            background_copy=config.train.save_in_background is True and device != "cuda",
         ),
         library_bytes=library_bytes(config.train.compile, device, backend),
         flops=config.flops_per_token * config.total_tokens,

@@ -46,7 +46,9 @@ _SAFE = {
     "train": (
         "eval_every",
         "checkpoint_every",
+        "checkpoint_minutes",
         "keep_last",
+        "save_in_background",
         "log_every",
         "micro_batch",
         "gradient_checkpointing",

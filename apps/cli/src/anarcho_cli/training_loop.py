@@ -22,6 +22,7 @@ from anarcho_train import CheckpointError, CheckpointStore, Loop, Ranks, StepSch
 
 from anarcho_cli import config as configuration
 from anarcho_cli.back_ends import BackEnd, TrainingStep, precision_name
+from anarcho_cli.background_saving import copies_state, has_room_for_copy
 from anarcho_cli.config import RunConfig, to_dict
 from anarcho_cli.data import RunData
 from anarcho_cli.disk_space import checkpoint_bytes
@@ -83,6 +84,7 @@ def make_loop(
         announcements=data.announcements,
         settings=to_dict(configuration.load(run_directory / CONFIG_FILE)),
         checkpoint_bytes=checkpoint_bytes(config),
+        background=lambda: copies_state(config, device=device, ranks=ranks) and has_room_for_copy(config),
         facts={
             "backend": back_end.NAME,
             "device": device,

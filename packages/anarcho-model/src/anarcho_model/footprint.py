@@ -79,6 +79,8 @@ class MemoryForecast:
     checkpoint_copy: int
     """The copy that is made while a checkpoint is written: one tensor, the matrices that an adapter is merged into, or from a
     device the larger file's tensors."""
+    background_copy: int
+    """The copy of weights and optimizer state that a checkpoint is written from while training goes on, in the same memory."""
     allocator_slack: int
     """Freed memory that the process has not given back; measured, not derived."""
     gradients_held: bool
@@ -90,7 +92,7 @@ class MemoryForecast:
     def total(self) -> int:
         """The peak of a training process, beyond the interpreter and its libraries."""
         scratch = self.optimizer_scratch if self.scratch_kept else 0
-        return self.weights + self.optimizer + scratch + self.transient + self.allocator_slack
+        return self.weights + self.optimizer + scratch + self.transient + self.background_copy + self.allocator_slack
 
     @property
     def transient(self) -> int:
@@ -120,6 +122,7 @@ def training_memory(
     gradients_held: bool = True,
     segments: bool = False,
     host_copy: bool = False,
+    background_copy: bool = False,
     adapter: LoraConfig | None = None,
     framework: Literal["torch", "mlx"] = "torch",
 ) -> MemoryForecast:
@@ -137,6 +140,7 @@ def training_memory(
         gradients_held: whether a step has several micro-batches, or gradients are zeroed in place rather than freed.
         segments: whether documents are isolated by a mask.
         host_copy: whether saving copies from a device into the same memory, as on a Mac.
+        background_copy: whether checkpoints are written from a copy in the same memory while training goes on.
         adapter: trained in place of the model's own weights; None, or one of rank 0, trains these.
         framework: whose model it is.
 
@@ -192,6 +196,7 @@ def training_memory(
         backward_scratch=3 * tokens * compute * config.ffn_size + (compute + FLOAT) * config.dim * config.ffn_size,
         embedding_gradient=FLOAT * head if config.tie_embeddings and lora is None else 0,
         checkpoint_copy=max(weights, optimizer, own_copy) if host_copy else own_copy,
+        background_copy=weights + optimizer if background_copy else 0,
         allocator_slack=0,
         gradients_held=gradients_held,
     )

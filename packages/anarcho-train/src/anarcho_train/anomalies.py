@@ -7,7 +7,7 @@ watched beforehand, and training under `AnomalyDetection` is as fast as without 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,6 +59,10 @@ class AnomalyDetection:
     def save(self, directory: Path) -> None:
         """As the step's."""
         self._step.save(directory)
+
+    def snapshot(self) -> Callable[[Path], None]:
+        """As the step's."""
+        return self._step.snapshot()
 
     def load(self, directory: Path) -> None:
         """As the step's."""

@@ -1,8 +1,9 @@
 """Checkpoints that are either whole or absent, and that say themselves whether they are sound.
 
 Notable: a checkpoint is a directory written beside its final name, fsynced and renamed; ``manifest.json``, written last, lists every
-file, those in folders included, with its size and SHA-256. Reading never executes anything: tensors are safetensors, everything else is
-JSON. The newest ones and the best one stay.
+file, those in folders included, with its size and SHA-256. Reading never executes anything: tensors are safetensors, whose headers are
+checked before a library opens them, everything else is JSON. The newest ones and the best one stay, and before any is deleted, one that
+stays is read whole and found sound.
 """
 
 from __future__ import annotations
@@ -22,10 +23,15 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from anarcho_train.durable import sync
+from anarcho_train.tensor_header import header_problem
 
 FORMAT = 1
 MANIFEST_FILE = "manifest.json"
 STATE_FILE = "state.json"
+MAX_JSON_BYTES = 64 * 2**20
+"""State and manifest are far smaller; what is larger was not written here."""
+_LATEST = 1e11
+"""Seconds since 1970 that no checkpoint is from; dates can be made of smaller ones."""
 _NAME = re.compile(r"step-(\d{8,})")
 _PARTIAL = ".partial-"
 
@@ -52,6 +58,8 @@ class CheckpointInfo:
     """The loss by which checkpoints of a run are compared: all of them measured it on the same text."""
     planned: bool
     """Whether a run that nothing interrupts has one after this step."""
+    by_clock: bool
+    """Whether it was written because the one before was too old."""
     valid: bool
     """Whether every file is what the manifest says."""
     problem: str | None
@@ -118,18 +126,22 @@ class CheckpointStore:
         """What is wrong with the checkpoint at ``path``, one sentence a finding; an empty list means that it is sound."""
         try:
             manifest = read_json(Path(path) / MANIFEST_FILE)
+            state = read_json(Path(path) / STATE_FILE)
         except CheckpointError as error:
             return [str(error)]
         files = manifest.get("files")
         if manifest.get("format") != FORMAT:
             return [f"{path}/{MANIFEST_FILE} has format {manifest.get('format')!r}; expected {FORMAT}"]
         match = _NAME.fullmatch(Path(path).name)
-        described = isinstance(manifest.get("hashes"), dict) and isinstance(manifest.get("created_at"), float)
+        written = manifest.get("created_at")
+        described = isinstance(manifest.get("hashes"), dict) and isinstance(written, float) and 0 <= written < _LATEST
         named = match is None or manifest.get("step") == int(match[1])
         if not (isinstance(files, dict) and STATE_FILE in files and described and named):
             return [
                 f"{path}/{MANIFEST_FILE} does not describe the checkpoint of this name; it was made by hand or is damaged"
             ]
+        if problem := _state_problem(state, step=manifest.get("step")):
+            return [f"{path}/{STATE_FILE} {problem}; it was made by hand or is damaged"]
         return [
             problem for name, entry in files.items() if (problem := _check_file(Path(path), name, entry, check_hashes))
         ]
@@ -170,7 +182,7 @@ class CheckpointStore:
 
     def best(self) -> Path | None:
         """The sound checkpoint with the lowest validation loss, or None where no checkpoint has one."""
-        best = _best([info for info in self.list() if info.valid])
+        best = best_of([info for info in self.list() if info.valid])
         return best.path if best else None
 
     def read_state(self, path: Path) -> dict[str, Any]:
@@ -207,6 +219,7 @@ class CheckpointStore:
             created_at=float(manifest.get("created_at", path.stat().st_mtime)),
             bytes=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
             planned=bool(state.get("planned", True)),
+            by_clock=bool(state.get("by_clock")),
             validation_loss=state.get("validation_loss"),
             compared_loss=state.get("compared_loss", state.get("validation_loss")),
             valid=not problems,
@@ -220,15 +233,22 @@ class CheckpointStore:
         """
         sound = [info for info in self.list(check_hashes=False) if info.valid]
         keep = {info.path for info in self._newest(sound)}
-        if best := _best(sound):
+        if best := best_of(sound):
             keep.add(best.path)
-        for info in sound:
-            if info.path not in keep:
-                _delete(info.path)
+        doomed = [info.path for info in sound if info.path not in keep]
+        # Nothing is given up before something newer was read from the disk whole: the newest of all, else the next.
+        newer = [info.path for info in reversed(sound)] if doomed else []
+        verified = next((path for path in newer if not self.verify(path)), None)
+        for path in doomed:
+            if verified is not None and path < verified:
+                _delete(path)
 
     def _newest(self, sound: Sequence[CheckpointInfo]) -> Sequence[CheckpointInfo]:
-        planned = {info.step for info in [info for info in sound if info.planned][-self.keep_last :]}
-        return [info for info in sound if info.step in planned or info is sound[-1]]
+        """The newest of all, `keep_last` of those that were planned, and in place of those that there are not, of those by the clock."""
+        steps = [info.step for info in sound if info.planned][-self.keep_last :]
+        if rest := self.keep_last - len(steps):
+            steps += [info.step for info in sound if info.by_clock][-rest:]
+        return [info for info in sound if info.step in steps or info is sound[-1]]
 
 
 def _delete(checkpoint: Path) -> None:
@@ -237,7 +257,7 @@ def _delete(checkpoint: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _best(infos: Sequence[CheckpointInfo]) -> CheckpointInfo | None:
+def best_of(infos: Sequence[CheckpointInfo]) -> CheckpointInfo | None:
     """The one with the lowest compared loss, the earliest of equals; None where none has a finite one."""
     scored = [(info.compared_loss, info.step, info) for info in infos if info.compared_loss is not None]
     finite = [entry for entry in scored if math.isfinite(entry[0])]
@@ -262,10 +282,16 @@ def lock_run(run_directory: Path) -> FileLock:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; raises `CheckpointError` naming the file if it is missing or no such object."""
     try:
+        if path.is_symlink() or path.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(
+                f"{path} is a link, or larger than {MAX_JSON_BYTES} bytes; expected a regular file: this checkpoint is damaged"
+            )
         value = json.loads(path.read_text(encoding="utf-8"))
+    except CheckpointError:
+        raise
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; this checkpoint is not whole") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); this checkpoint is damaged") from None
     if not isinstance(value, dict):
         raise CheckpointError(
@@ -290,6 +316,25 @@ def _check_file(directory: Path, name: str, entry: Any, check_hashes: bool) -> s
         return f"{path} has {path.stat().st_size} bytes; expected {entry.get('size')}: it is truncated or was changed"
     if check_hashes and _sha256(path) != entry.get("sha256"):
         return f"{path} has another SHA-256 than its manifest says: it is damaged or was changed"
+    if path.suffix == ".safetensors" and (problem := header_problem(path)):
+        return f"{path} {problem}; it was made by hand or is damaged"
+    return None
+
+
+def _state_problem(state: dict[str, Any], *, step: Any) -> str | None:
+    """What a run could not go on from, as words after the file's name; what a key means is known where it is read."""
+    if state.get("step", step) != step:
+        return f"is of step {state['step']!r}; expected {step!r}, as the manifest says"
+    counts = {name: state[name] for name in ("tokens", "samples") if name in state}
+    for name, value in counts.items():
+        if type(value) is not int or not 0 <= value < 2**63:
+            return f"has {name} = {str(value)[:40]!r}; expected a whole number from 0"
+    for name, kind in (("early_stopping", dict), ("recovery", dict), ("micro_batch", dict), ("settings", dict)):
+        if not isinstance(state.get(name, {}), kind):
+            return f"has {name} = {str(state[name])[:40]!r}; expected an object"
+    for name in ("validation_loss", "compared_loss", "bits_per_byte"):
+        if not isinstance(state.get(name), int | float | None) or isinstance(state.get(name), bool):
+            return f"has {name} = {str(state[name])[:40]!r}; expected a number or null"
     return None
 
 

@@ -35,8 +35,16 @@ class TrainConfig:
     """Validation tokens of an evaluation during training; left out, all. The last evaluation always reads all."""
     checkpoint_every: int = 500
     """Optimizer steps between checkpoints; 0 writes only the last and the best one."""
+    checkpoint_minutes: float = 0.0
+    """Minutes after which the newest checkpoint is too old and another one is written, besides those by steps; 0 leaves that out.
+
+    Such a checkpoint is one to resume from, never one that a fault rolls back to, so what is learned does not depend on the clock."""
     keep_last: int = 2
     """How many of the newest checkpoints stay; the best one stays in any case."""
+    save_in_background: bool | Literal["auto"] = "auto"
+    """Whether training goes on while a copy of the state is written, where there is memory for the copy; several processes wait.
+
+    `auto` does so on a GPU: on a CPU the writing takes the time of the very cores that compute."""
     early_stopping_patience: int = 0
     """Evaluations without a better validation loss after which the run stops; 0 never stops early."""
     early_stopping_min_delta: float = 0.0
@@ -71,6 +79,8 @@ class TrainConfig:
             raise ValueError(
                 f"train.gradient_checkpointing is {self.gradient_checkpointing!r}; expected true, false or 'auto'"
             )
+        if self.save_in_background not in (True, False, "auto"):
+            raise ValueError(f"train.save_in_background is {self.save_in_background!r}; expected true, false or 'auto'")
         for name in ("steps", "batch_tokens", "micro_batch", "keep_last", "log_every"):
             if getattr(self, name) != "auto" and getattr(self, name) < 1:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; expected a whole number of at least 1")
@@ -85,7 +95,7 @@ class TrainConfig:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; expected zero or a positive whole number")
         if self.epochs is not None and not 0 < self.epochs < float("inf"):
             raise ValueError(f"train.epochs is {self.epochs}; expected a positive number, or leave the key out")
-        for name in ("grad_clip", "early_stopping_min_delta", "neftune_alpha"):
+        for name in ("grad_clip", "early_stopping_min_delta", "neftune_alpha", "checkpoint_minutes"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"train.{name} is {getattr(self, name)}; expected zero or a positive number")
         if not 0 < self.rank_timeout_seconds < float("inf"):

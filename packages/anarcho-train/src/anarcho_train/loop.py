@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from anarcho_train.checkpoint import CheckpointStore
+from anarcho_train.checkpoint import STATE_FILE, CheckpointError, CheckpointStore
 from anarcho_train.checkpointing import Checkpointing
 from anarcho_train.config import TrainConfig
 from anarcho_train.evaluations import Evaluations
@@ -74,6 +74,8 @@ class Loop:
     """The processes that train together; only the first writes anything, into ``sink`` as well."""
     inherits: Callable[[], bool] = lambda: True
     """Asked where another process was lost: whether this one may write the state that is left."""
+    background: Callable[[], bool] = lambda: False
+    """Asked before each checkpoint: whether there is room for a copy of the state, which is written while the training goes on."""
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     """What is done about faults."""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -118,7 +120,13 @@ class Loop:
         """Restores the state of ``checkpoint``; raises `CheckpointError` or ValueError if it does not fit."""
         state = self.checkpoints.read_state(checkpoint)
         self.step.load(checkpoint)
-        self._take_up(state, checkpoint)
+        try:
+            self._take_up(state, checkpoint)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{checkpoint}/{STATE_FILE} does not hold what a run goes on from ({type(error).__name__}: {error}); it was made by hand "
+                "or is damaged: remove this checkpoint to go on from the one before"
+            ) from error
 
     def begin_again(self) -> None:
         """Restores the state before the first step."""
@@ -136,16 +144,20 @@ class Loop:
     def run(self) -> TrainResult:
         """Trains up to the configured number of steps, or until early stopping or a signal, and returns how it ended."""
         self.throughput.begin(self.progress.result.step)
+        self.saving.begin()
         self.write("start", **self.facts)
         self._announce()
         with StopSignal() as stop:
             try:
                 while not self._make_steps(stop):
                     pass
+                self.saving.wait()
+                if number := self._agreed_stop or stop.number:
+                    self._stop(number)
             except RankLost as error:
                 raise RankLost(f"{error}; {self._others.outlive(error)}") from error
-            if number := self._agreed_stop or stop.number:
-                self._stop(number)
+            finally:
+                self.saving.close()
         return self.progress.result
 
     def _make_steps(self, stop: StopSignal) -> bool:
@@ -153,6 +165,7 @@ class Loop:
         unreported: list[StepMetrics] = []
         try:
             while self._goes_on() and self._await_batch(stop):
+                self.saving.take_in()
                 step, metrics = self.progress.result.step + 1, self._train_step()
                 unreported.append(metrics)
                 if self._is_logged(step):
@@ -184,6 +197,8 @@ class Loop:
         due = config.checkpoint_every and result.step % config.checkpoint_every == 0
         if last or due or improved or self.progress.finished:
             self.saving.save(final=last or self.progress.finished)
+        elif self.saving.due_by_clock():
+            self.saving.save(by_clock=True)
         if self.progress.finished and not last:
             self.event("early stopping: the validation loss has not improved for too long")
 

@@ -57,6 +57,7 @@ class LossFaults:
     def _earlier_step(self) -> int | None:
         """The step of the checkpoint to roll back to, as the first rank finds it."""
         loop = self._loop
+        loop.saving.wait()
         path = loop.checkpoints.before_fault() if loop.ranks.rank == 0 else None
         step = -1 if path is None else int(loop.checkpoints.read_state(path)["step"])
         found = int(loop.ranks.gathered([step])[0, 0])

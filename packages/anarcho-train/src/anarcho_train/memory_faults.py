@@ -54,6 +54,7 @@ class MemoryFaults:
     def _newest_step(self) -> int:
         """The step of the newest checkpoint, as the first rank finds it; 0 where there is none."""
         loop = self._loop
+        loop.saving.wait()
         path = loop.checkpoints.latest_valid(notify=loop.event) if loop.ranks.rank == 0 else None
         step = 0 if path is None else int(loop.checkpoints.read_state(path)["step"])
         return int(loop.ranks.gathered([step])[0, 0])

@@ -27,6 +27,7 @@ class RankFaults:
             return "this process saves nothing"
         if loop.ranks.rank and self._newest_written() != (loop.progress.saved_step or 0):
             return "others have gone on with it already"
+        loop.saving.wait()
         loop.ranks = Alone()
         if not loop.progress.concluded:
             loop.conclude_step()

@@ -6,7 +6,7 @@ same step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -101,7 +101,7 @@ class LossSum:
 
 
 class Step(Protocol):
-    """One framework's model, optimizer and random state behind five verbs.
+    """One framework's model, optimizer and random state behind six verbs.
 
     Where memory runs out, they raise `anarcho_train.OutOfMemory`, and may be called again with less.
     """
@@ -116,6 +116,10 @@ class Step(Protocol):
 
     def save(self, directory: Path) -> None:
         """Writes model, optimizer and random state into an existing directory."""
+        ...
+
+    def snapshot(self) -> Callable[[Path], None]:
+        """A copy of what `save` would write now; what is returned writes it, from another thread and while training goes on."""
         ...
 
     def load(self, directory: Path) -> None:

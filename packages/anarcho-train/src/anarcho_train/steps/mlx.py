@@ -40,9 +40,11 @@ from anarcho_train.steps.mlx_state import (
     leaves,
     load_optimizer,
     optimizer_arrays,
+    own_stream,
     param_groups,
     reset_optimizer,
     set_generator_state,
+    structure_copy,
     write_arrays,
 )
 from anarcho_train.steps.mlx_updates import UpdateSizes, members
@@ -251,12 +253,35 @@ class MlxStep:
 
     def save(self, directory: Path) -> None:
         """Writes the model's files, the optimizer's state and the random state into ``directory``; OSError where they find no room."""
-        self._guarded(lambda: self._write(directory))
+        self._guarded(lambda: self._write(directory, self.model, *self._arrays_beside()))
 
-    def _write(self, directory: Path) -> None:
-        self._save_model(self.model, directory)
-        write_arrays(directory / OPTIMIZER_FILE, optimizer_arrays(self.optimizer, self.model))
-        write_arrays(directory / RUNTIME_FILE, self._runtime_arrays())
+    def snapshot(self) -> Callable[[Path], None]:
+        """Holds on to what `save` would write now; what is returned writes it, from any thread. Arrays never change, so none is copied."""
+
+        def held() -> tuple[nn.Module, tuple[dict[str, mx.array], dict[str, mx.array]]]:
+            beside = self._arrays_beside()
+            # The other thread can wait for nothing that this one's stream has yet to compute.
+            mx.eval(self.model.parameters(), beside)
+            return structure_copy(self.model), beside
+
+        model, beside = self._guarded(held)
+
+        def write(directory: Path) -> None:
+            with own_stream():
+                self._write(directory, model, *beside)
+
+        return write
+
+    def _write(
+        self, directory: Path, model: nn.Module, optimizer: dict[str, mx.array], runtime: dict[str, mx.array]
+    ) -> None:
+        self._save_model(model, directory)
+        write_arrays(directory / OPTIMIZER_FILE, optimizer)
+        write_arrays(directory / RUNTIME_FILE, runtime)
+
+    def _arrays_beside(self) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
+        """What is saved besides the model: the optimizer's arrays, and the generator's."""
+        return optimizer_arrays(self.optimizer, self.model), self._runtime_arrays()
 
     def load(self, directory: Path) -> None:
         """Restores what `save`, or another framework's, wrote; raises ValueError naming the first array that does not fit."""

@@ -5,7 +5,9 @@ Notable: arrays are set where they are, inside the optimizer's own dictionaries,
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ import numpy as np
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten
 from safetensors import safe_open
+
+_thread = threading.local()
 
 
 def param_groups(optimizer: Optimizer) -> Sequence[MutableMapping[str, Any]]:
@@ -79,6 +83,25 @@ def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
             yield name, tree, key
         elif isinstance(value, dict | list):
             yield from leaves(value, f"{name}.")
+
+
+def structure_copy(tree: Any) -> Any:
+    """A module, or what it is made of, with the same arrays, which it keeps when the model goes on to others."""
+    if isinstance(tree, nn.Module):
+        same = type(tree).__new__(type(tree))
+        same.__dict__.update(tree.__dict__)
+        dict.update(same, {name: structure_copy(value) for name, value in tree.items()})
+        return same
+    if isinstance(tree, dict):
+        return {name: structure_copy(value) for name, value in tree.items()}
+    return type(tree)(map(structure_copy, tree)) if type(tree) in (list, tuple) else tree
+
+
+def own_stream() -> AbstractContextManager[Any]:
+    """Lets this thread compute on the CPU, on a stream of its own; MLX's streams belong to threads."""
+    if not hasattr(_thread, "stream"):
+        _thread.stream = mx.new_stream(mx.cpu)
+    return mx.stream(_thread.stream)
 
 
 def write_arrays(path: Path, arrays: dict[str, mx.array]) -> None:

@@ -32,7 +32,7 @@ from anarcho_train.out_of_memory import guarded
 from anarcho_train.step import Batch, LossSum, StepMetrics, StepSchedule
 from anarcho_train.steps.files import OPTIMIZER_FILE, RUNTIME_FILE
 from anarcho_train.steps.torch_anomalies import CheckedLoss, first_anomaly
-from anarcho_train.steps.torch_memory import RandomState, empty_caches, forget_updates
+from anarcho_train.steps.torch_memory import RandomState, empty_caches, forget_updates, host_copy
 from anarcho_train.steps.torch_updates import UpdateSizes
 
 COMPILE_MIN_FLOPS = 5e12
@@ -240,13 +240,24 @@ class TorchStep:
 
     def save(self, directory: Path) -> None:
         """Writes the model's files, the optimizer's state and the random state into ``directory``."""
-        self._guarded(lambda: self._write(directory))
+        self._guarded(lambda: self._write(directory, self.model, self._optimizer_tensors(), self._runtime_tensors()))
 
-    def _write(self, directory: Path) -> None:
+    def snapshot(self) -> Callable[[Path], None]:
+        """A copy in the host's memory of what `save` would write now; what is returned writes it, from any thread."""
+
+        def copied() -> tuple[nn.Module, dict[str, Tensor], dict[str, Tensor]]:
+            return host_copy(self.model), self._optimizer_tensors(copy=True), self._runtime_tensors()
+
+        model, optimizer, runtime = self._guarded(copied)
+        return lambda directory: self._write(directory, model, optimizer, runtime)
+
+    def _write(
+        self, directory: Path, model: nn.Module, optimizer: dict[str, Tensor], runtime: dict[str, Tensor]
+    ) -> None:
         try:
-            self._save_model(self.model, directory)
-            save_file(self._optimizer_tensors(), directory / OPTIMIZER_FILE)
-            save_file(self._runtime_tensors(), directory / RUNTIME_FILE)
+            self._save_model(model, directory)
+            save_file(optimizer, directory / OPTIMIZER_FILE)
+            save_file(runtime, directory / RUNTIME_FILE)
         except SafetensorError as error:  # Its text is the operating system's, for example that the disk is full.
             raise OSError(f"{directory} cannot be written ({error}); free space there and resume the run") from error
 
@@ -363,10 +374,10 @@ class TorchStep:
         self.compiled = False
         self._logprobs = self.model.token_logprobs  # type: ignore[assignment]
 
-    def _optimizer_tensors(self) -> dict[str, Tensor]:
+    def _optimizer_tensors(self, *, copy: bool = False) -> dict[str, Tensor]:
         """State tensors by canonical name, contiguous on the CPU."""
         return {
-            f"{self._names[id(parameter)]}.{key}": value.detach().cpu().contiguous()
+            f"{self._names[id(parameter)]}.{key}": value.detach().to("cpu", copy=copy).contiguous()
             for parameter, state in self.optimizer.state.items()
             for key, value in state.items()
             if isinstance(value, Tensor)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class RandomState:
@@ -29,6 +30,16 @@ def empty_caches(device: torch.device) -> None:
     gc.collect()
     if device.type != "cpu":
         _module(device).empty_cache()
+
+
+def host_copy(model: nn.Module) -> nn.Module:
+    """A module of the same structure, whose parameters and buffers are copies in the host's memory; gradients are left behind."""
+    copies: dict[int, Any] = {
+        id(parameter): nn.Parameter(parameter.detach().to("cpu", copy=True), requires_grad=parameter.requires_grad)
+        for parameter in model.parameters()
+    }
+    copies |= {id(buffer): buffer.detach().to("cpu", copy=True) for buffer in model.buffers()}
+    return copy.deepcopy(model, copies)
 
 
 def forget_updates(optimizer: torch.optim.Optimizer, *, keeps_state: bool) -> None:
