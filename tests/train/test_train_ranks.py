@@ -164,7 +164,9 @@ def test_a_number_of_ranks_that_does_not_divide_the_samples_is_refused_with_one_
 
 def test_fewer_validation_batches_than_ranks_are_measured_all_the_same(tmp_path):
     def work(ranks: Any) -> float:
-        return loop_of(ranks, tmp_path / str(ranks.size), steps=1, eval_tokens=LENGTH, micro_batch=2).run().validation_loss
+        return (
+            loop_of(ranks, tmp_path / str(ranks.size), steps=1, eval_tokens=LENGTH, micro_batch=2).run().validation_loss
+        )
 
     assert len(set(on_ranks(4, work))) == 1
     assert on_ranks(4, work)[3] == work(Alone())
