@@ -22,6 +22,8 @@ class Shards:
     directory = Path("data/train")
     eot_id, pad_id = EOT, PAD
     complete = True
+    damaged = ()
+    damaged_tokens = 0
 
     def __init__(self, documents: list[list[int]], *, kind: str) -> None:
         self.kind = kind
