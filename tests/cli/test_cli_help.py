@@ -32,6 +32,7 @@ COMMANDS = [
     "import",
     "pipeline run",
     "preference",
+    "plan",
     "pretrain",
     "report",
     "serve",
