@@ -1,7 +1,7 @@
 """Conversations in the words of a tokenizer's own chat template, for formats that `chat_format` does not know.
 
-A template is a program in Jinja that comes with a model. It is rendered in a sandbox with the settings and functions that transformers
-gives it, and the rendered text is encoded as transformers does, so that ids are equal. What is notable:
+A template is a program in Jinja that comes with a model. It is rendered in a sandbox (`template_sandbox`) with the settings and functions
+that transformers gives it, and the rendered text is encoded as transformers does, so that ids are equal. What is notable:
 
 * A content cannot speak for a role. Where it spells a special token, the template is given a private character in its place, and the
   spelling is put back as plain text. Transformers would yield that token.
@@ -14,10 +14,8 @@ The library is jinja2 (extra `chat-template`), loaded when the first conversatio
 Source: the documentation of transformers, https://huggingface.co/docs/transformers/chat_templating_writing.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,8 +27,8 @@ from anarcho_tokenize.spelling import Encodes, Spellings
 
 if TYPE_CHECKING:
     import jinja2
-    from jinja2.nodes import Node
-    from jinja2.parser import Parser
+
+    from anarcho_tokenize.template_sandbox import TemplateSandbox
 
 # Noncharacters of Unicode, which stand in no text that is meant for people: around the number of a hidden spelling, and around an answer.
 _HIDDEN, _SHOWN, _BEGIN, _END = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
@@ -130,7 +128,9 @@ class ChatTemplate:
 
         messages = [{"role": role, "content": self._unsafe.sub(hide, content)} for role, content in turns]
         try:
-            marked = self._compiled.render(
+            sandbox, template = self._compiled
+            marked = sandbox.write(
+                template,
                 messages=messages,
                 tools=None,
                 documents=None,
@@ -152,15 +152,18 @@ class ChatTemplate:
         return re.compile(f"{self._spellings.plain.pattern}|[{_HIDDEN}{_SHOWN}{_BEGIN}{_END}]")
 
     @cached_property
-    def _compiled(self) -> "jinja2.Template":
+    def _compiled(self) -> "tuple[TemplateSandbox, jinja2.Template]":
         try:
             import jinja2
+
+            from anarcho_tokenize.template_sandbox import TemplateSandbox
         except ImportError as error:
             raise TokenizerError(
                 f"{self.name} is none of the known ones, and needs jinja2; install anarcho-tokenize[chat-template]."
             ) from error
         try:
-            return _environment().from_string(self.text)
+            sandbox = TemplateSandbox(begin=_BEGIN, end=_END)
+            return sandbox, sandbox.from_string(self.text)
         except jinja2.TemplateError as error:
             raise TokenizerError(f"{self.name} is no valid Jinja template ({error}).") from error
 
@@ -234,41 +237,3 @@ def template_of(settings: Mapping[str, Any]) -> str | None:
         named = {one.get("name"): one.get("template") for one in found if isinstance(one, Mapping)}
         found = named.get("default")
     return found if isinstance(found, str) else None
-
-
-def _environment() -> "jinja2.Environment":
-    """Jinja with the settings and functions that transformers gives to templates."""
-    import jinja2
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.nodes import CallBlock
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """The block around an answer; it puts a mark on either side."""
-
-        tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
-
-        def parse(self, parser: "Parser") -> "Node":
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
-
-        def _marked(self, caller: Any) -> str:
-            return f"{_BEGIN}{caller()}{_END}"
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(
-        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-    ) -> str:
-        # Jinja's own would write & and < for HTML.
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment
