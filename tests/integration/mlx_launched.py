@@ -9,6 +9,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import sys
@@ -16,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+_RANK = "__rank__"
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
     [
@@ -42,8 +44,18 @@ class Launched:
         hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in _free_ports(len(arguments))]))
         self.processes = [
             _SERVER.Process(
-                target=_run,
-                args=(rank, [str(part) for part in own], str(directory), len(arguments), (faults or {}).get(rank)),
+                # By its path: pytest alone knows this module by a name.
+                target=runpy.run_path,
+                args=(
+                    __file__,
+                    {
+                        "RANK": (
+                            *(rank, [str(part) for part in own], str(directory)),
+                            *(len(arguments), (faults or {}).get(rank)),
+                        )
+                    },
+                    _RANK,
+                ),
             )
             for rank, own in enumerate(arguments)
         ]
@@ -118,3 +130,7 @@ def _watch_steps(file: Path, fault: tuple[str, int] | None) -> None:
         return train(self, micro_batches, **settings)
 
     MlxStep.train = watched  # type: ignore[method-assign]
+
+
+if __name__ == _RANK:
+    _run(*globals()["RANK"])

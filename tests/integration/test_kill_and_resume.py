@@ -31,7 +31,7 @@ from .forked_runs import CONSUMED, Ended, Forks
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks the process that has loaded everything")
 
 EVERY = "ANARCHO_TRAIN_KILLS" in os.environ
-KILLS = int(os.environ.get("ANARCHO_TRAIN_KILLS", "4"))
+KILLS = int(os.environ.get("ANARCHO_TRAIN_KILLS", "3"))
 SEED = int(os.environ.get("ANARCHO_TRAIN_SEED", "0"))
 
 MODEL = {

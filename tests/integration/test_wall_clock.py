@@ -13,12 +13,13 @@ from anarcho_train.saving import Saves
 
 ROOT = Path(__file__).parents[2]
 STAMPS = {
+    "anarcho_cli/commands/checkpoint.py",  # the age of a checkpoint
     "anarcho_cli/reporting/page.py",  # "made on"
     "anarcho_cli/runs.py",  # the name of a run
     "anarcho_cli/serving/app.py",  # "created" of an answer
     "anarcho_monitor/metrics.py",  # t_wall
     "anarcho_monitor/tensorboard.py",
-    "anarcho_tokenize/chat_template.py",  # what a template calls today
+    "anarcho_tokenize/template_sandbox.py",  # what a template calls today
     "anarcho_train/checkpoint.py",  # "created_at"
 }
 """Where the wall clock is read, and never to measure or to wait."""

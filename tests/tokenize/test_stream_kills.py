@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the pr
 pyarrow = pytest.importorskip("pyarrow")
 
 HERE = Path(__file__).parent
-KILLS = int(os.environ.get("ANARCHO_STREAM_KILLS", "2"))
+KILLS = int(os.environ.get("ANARCHO_STREAM_KILLS", "1"))
 SEPARATOR = "<|doc|>"
 OPTIONS = {
     "shard_tokens": 3000,
