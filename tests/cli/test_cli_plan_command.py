@@ -53,7 +53,7 @@ def test_time_is_the_work_over_a_range_of_the_measured_rate(tmp_path: Path) -> N
 def test_the_command_prints_plan_and_outlook_and_writes_nothing(
     anarcho, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("anarcho_cli.commands.plan._matmul_rate", lambda **place: 2e11)
+    monkeypatch.setattr("anarcho_cli.benching.subject.ceiling", lambda *place, **wanted: 2e11)
     options = ["--device", "cpu", "--runs-dir", str(tmp_path / "runs"), "--set", "train.micro_batch=auto"]
     shown = json.loads(anarcho("plan", *options, "--json").stdout)
     assert shown["fits"]

@@ -9,13 +9,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from anarcho_cli.benching.timing import best_rate
 from anarcho_cli.config import RunConfig
 
 if TYPE_CHECKING:
     from anarcho_cli.back_ends import BackEnd, TrainingStep
 
-Product = Callable[[int, int], float]
-"""Multiplies square matrices of a size so many times, and returns the seconds."""
+SIZES = (256, 512, 1024, 2048, 4096)
+CUDA_SIZES = (*SIZES, 8192)
+"""Sides of the matrices of which the fastest product is the ceiling."""
 
 
 def is_installed(backend: str) -> bool:
@@ -50,12 +52,13 @@ def published_peak(name: str, *, device: str, precision: str) -> float | None:
     return None if device == "cpu" or (device == "cuda" and precision == "float32") else peak_flops(name)
 
 
-def matrix_product(backend: str, *, device: str, precision: str) -> Product:
-    """Matrix products of a type on a device, without anything around them."""
-    return _mlx_product(precision) if backend == "mlx" else _torch_product(device, precision)
+def ceiling(backend: str, *, device: str, precision: str) -> float:
+    """FLOP/s of the device's fastest matrix products of a type, without anything around them."""
+    product = (_mlx_product if backend == "mlx" else _torch_product)(device, precision)
+    return best_rate(product, sizes=CUDA_SIZES if device == "cuda" else SIZES)
 
 
-def _torch_product(device: str, precision: str) -> Product:
+def _torch_product(device: str, precision: str) -> Callable[[int, int], float]:
     import torch
 
     wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device, lambda: None)
@@ -72,19 +75,19 @@ def _torch_product(device: str, precision: str) -> Product:
     return product
 
 
-def _mlx_product(precision: str) -> Product:
-    """On MLX's default device, which the step has set."""
+def _mlx_product(device: str, precision: str) -> Callable[[int, int], float]:
     import mlx.core as mx
 
     def product(size: int, count: int) -> float:
         dtype = getattr(mx, precision)
-        # MLX does what is asked for once: the factors of one evaluation differ.
-        lefts = [mx.full((size, size), 1 + n, dtype=dtype) for n in range(min(count, 8))]
-        right = mx.ones((size, size), dtype=dtype)
-        mx.eval(lefts, right)
-        start = time.perf_counter()
-        for done in range(0, count, 8):
-            mx.eval([left @ right for left in lefts[: count - done]])
-        return time.perf_counter() - start
+        with mx.stream(mx.cpu if device == "cpu" else mx.gpu):
+            # MLX does what is asked for once: the factors of one evaluation differ.
+            lefts = [mx.full((size, size), 1 + n, dtype=dtype) for n in range(min(count, 8))]
+            right = mx.ones((size, size), dtype=dtype)
+            mx.eval(lefts, right)
+            start = time.perf_counter()
+            for done in range(0, count, 8):
+                mx.eval([left @ right for left in lefts[: count - done]])
+            return time.perf_counter() - start
 
     return product

@@ -14,15 +14,11 @@ import numpy as np
 
 from anarcho_cli.back_ends import back_end, precision_name
 from anarcho_cli.benching.cases import Case
-from anarcho_cli.benching.subject import device_name, matrix_product, new_step, published_peak
-from anarcho_cli.benching.timing import best_rate, time_steps
+from anarcho_cli.benching.subject import ceiling, device_name, new_step, published_peak
+from anarcho_cli.benching.timing import time_steps
 from anarcho_cli.config import RunConfig
 from anarcho_cli.fitting.budget import memory_budget
 from anarcho_cli.fitting.decision import find, is_open
-
-SIZES = (256, 512, 1024, 2048, 4096)
-CUDA_SIZES = (*SIZES, 8192)
-"""Sides of the matrices of which the fastest product is the ceiling."""
 
 
 def measure_training(case: Case) -> dict[str, Any]:
@@ -41,7 +37,6 @@ def measure_training(case: Case) -> dict[str, Any]:
     memory = peak_memory("mlx" if case.backend == "mlx" else device, own_memory=device == "cuda")
     precision, compiled = precision_name(step), step.compiled
     del step
-    product = matrix_product(case.backend, device=device, precision=precision)
     name = device_name(framework, device)
     seconds = times.step(micro_batches)
     return {
@@ -56,7 +51,7 @@ def measure_training(case: Case) -> dict[str, Any]:
         "update_seconds": times.update if micro_batches > 1 else None,
         "first_step_seconds": times.first,
         "finite": bool(np.isfinite(losses).all()),
-        "ceiling_flops": best_rate(product, sizes=CUDA_SIZES if device == "cuda" else SIZES),
+        "ceiling_flops": ceiling(case.backend, device=device, precision=precision),
         "peak_flops": published_peak(name, device=device, precision=precision),
         **memory,
     }

@@ -28,6 +28,7 @@ def plan(
     json: JsonOption = False,
 ) -> None:
     """Forecast a run's memory, disk and time, and the largest model that trains on this machine; nothing is written."""
+    from anarcho_cli.benching.subject import ceiling
     from anarcho_cli.config import resolve
     from anarcho_cli.devices import resolve_backend
     from anarcho_cli.fitting.budget import memory_budget
@@ -47,22 +48,11 @@ def plan(
         planned,
         runs_dir=runs_dir,
         budget_bytes=budget,
-        flops_per_second=lambda: _matmul_rate(backend=name, device=place, dtype_bytes=planned.dtype_bytes),
+        flops_per_second=lambda: ceiling(
+            name, device=place, precision="float32" if planned.dtype_bytes == 4 else "bfloat16"
+        ),
     )
     if json:
         print_json(outlook.to_dict())
     else:
         print("\n".join([*planned.lines(), *outlook.lines()]))
-
-
-def _matmul_rate(*, backend: str, device: str, dtype_bytes: int) -> float:
-    """FLOP/s of matrix products in the type that the steps will have."""
-    from anarcho_cli.benching.subject import matrix_product
-    from anarcho_cli.benching.timing import best_rate
-
-    precision = "float32" if dtype_bytes == 4 else "bfloat16"
-    if backend == "mlx":
-        import mlx.core as mx
-
-        mx.set_default_device(mx.cpu if device == "cpu" else mx.gpu)
-    return best_rate(matrix_product(backend, device=device, precision=precision), sizes=(512, 1024, 2048, 4096))
