@@ -85,7 +85,7 @@ def refuse_without_resume(*, allow_changes: bool) -> None:
         raise RunError("--allow-changes goes with --resume alone; a run that begins takes any configuration")
 
 
-def refuse_with_resume(ctx: typer.Context) -> None:
+def _refuse_with_resume(ctx: typer.Context) -> None:
     """A resumed run keeps its model and data: any option that would choose others is refused by name."""
     from anarcho_cli.runs import RunError
 
@@ -124,13 +124,18 @@ def _require_base(config: RunConfig, base: Path | None) -> None:
         )
 
 
-def print_plan(config: RunConfig, *, backend: Backend, device: Device, json: bool) -> None:
+def _print_plan(config: RunConfig, *, tokenizer: Path | None, backend: Backend, device: Device, json: bool) -> None:
+    """What --dry-run says; epochs are counted on the data, with the run's tokenizer."""
     from anarcho_cli.config import dumps
     from anarcho_cli.fitting.budget import planning_budget
     from anarcho_cli.fitting.decision import find, is_open
     from anarcho_cli.output import print_json
     from anarcho_cli.plan import plan_run
 
+    if config.train.epochs is not None:
+        from anarcho_cli import compose
+
+        config = compose.with_counted_steps(config, tokenizer_path=tokenizer)
     planned = config
     if is_open(config):
         place = {"backend": backend.value, "device": device.value}
@@ -153,13 +158,18 @@ def resume_run(
     json: bool,
     overrides: Sequence[str] = (),
     allow_changes: bool = False,
+    supervise: bool = False,
     diagnostics: Diagnostics | None = None,
 ) -> None:
     """Continue a run in the framework and on the device of before unless others are given; refuses all other options."""
     from anarcho_cli.devices import resolve_backend
     from anarcho_cli.runs import existing_run, recorded_place
 
-    refuse_with_resume(ctx)
+    _refuse_with_resume(ctx)
+    if supervise:
+        from anarcho_cli.supervision import supervise_resumed
+
+        supervise_resumed(path, overrides=overrides)
     run = existing_run(path)
     last_backend, last_device = recorded_place(run)
     framework = resolve_backend(backend or last_backend)
@@ -199,10 +209,16 @@ def start_run(
     json: bool,
     tokenizer: Path | None = None,
     base: Path | None = None,
+    supervise: bool = False,
     diagnostics: Diagnostics | None = None,
 ) -> None:
     """Train a new run on rows of a kind, or with ``dry_run`` say what it would cost."""
     from anarcho_cli.runs import new_run_directory
+
+    if supervise and not dry_run:
+        from anarcho_cli.supervision import supervise_new
+
+        supervise_new(config, runs_dir=runs_dir, name=name, preset=preset)
 
     def new_directory() -> Path:
         directory = new_run_directory(runs_dir, name, preset=preset)
@@ -212,11 +228,7 @@ def start_run(
     _require_base(config, base)
     if dry_run:
         new_directory()
-        if config.train.epochs is not None:
-            from anarcho_cli import compose
-
-            config = compose.with_counted_steps(config, tokenizer_path=tokenizer)
-        print_plan(config, backend=backend, device=device, json=json)
+        _print_plan(config, tokenizer=tokenizer, backend=backend, device=device, json=json)
         return
 
     from anarcho_train import after_first, told

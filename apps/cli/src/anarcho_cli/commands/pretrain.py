@@ -25,7 +25,6 @@ from anarcho_cli.training_commands import (
     SetOption,
     SuperviseOption,
     chosen_backend,
-    refuse_with_resume,
     refuse_without_resume,
     resume_run,
     start_run,
@@ -66,11 +65,6 @@ def pretrain(
     """
     diagnostics = Diagnostics(profile=profile, detect_anomaly=detect_anomaly)
     if resume is not None:
-        if supervise:
-            refuse_with_resume(ctx)
-            from anarcho_cli.supervision import supervise_resumed
-
-            supervise_resumed(resume, overrides=overrides or [])
         resume_run(
             ctx,
             resume,
@@ -79,15 +73,12 @@ def pretrain(
             json=json,
             overrides=overrides or [],
             allow_changes=allow_changes,
+            supervise=supervise,
             diagnostics=diagnostics,
         )
         return
     refuse_without_resume(allow_changes=allow_changes)
     config = _configuration(preset=preset, file=file, overrides=overrides or [], data=data, tokenizer=tokenizer)
-    if supervise and not dry_run:
-        from anarcho_cli.supervision import supervise_new
-
-        supervise_new(config, runs_dir=runs_dir, name=name, preset=preset)
     start_run(
         config,
         kind="text",
@@ -97,6 +88,7 @@ def pretrain(
         backend=chosen_backend(backend, file=file, overrides=overrides or []),
         device=device,
         dry_run=dry_run,
+        supervise=supervise,
         json=json,
         tokenizer=tokenizer,
         diagnostics=diagnostics,

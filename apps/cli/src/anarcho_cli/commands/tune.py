@@ -24,7 +24,6 @@ from anarcho_cli.training_commands import (
     SetOption,
     SuperviseOption,
     chosen_backend,
-    refuse_with_resume,
     refuse_without_resume,
     resume_run,
     start_run,
@@ -72,11 +71,6 @@ def tuning_command(kind: str, *, preset: str, doc: str) -> Callable[..., None]:
     ) -> None:
         diagnostics = Diagnostics(profile=profile, detect_anomaly=detect_anomaly)
         if resume is not None:
-            if supervise:
-                refuse_with_resume(ctx)
-                from anarcho_cli.supervision import supervise_resumed
-
-                supervise_resumed(resume, overrides=overrides or [])
             resume_run(
                 ctx,
                 resume,
@@ -85,6 +79,7 @@ def tuning_command(kind: str, *, preset: str, doc: str) -> Callable[..., None]:
                 json=json,
                 overrides=overrides or [],
                 allow_changes=allow_changes,
+                supervise=supervise,
                 diagnostics=diagnostics,
             )
             return
@@ -95,10 +90,6 @@ def tuning_command(kind: str, *, preset: str, doc: str) -> Callable[..., None]:
             raise ModelNotFoundError("--from is missing; expected the run, checkpoint or model directory to tune")
         model = find_model(base)
         config = configuration(model, preset=preset, file=file, overrides=overrides or [], data=data)
-        if supervise and not dry_run:
-            from anarcho_cli.supervision import supervise_new
-
-            supervise_new(config, runs_dir=runs_dir, name=name, preset=preset)
         start_run(
             config,
             kind=kind,
@@ -108,6 +99,7 @@ def tuning_command(kind: str, *, preset: str, doc: str) -> Callable[..., None]:
             backend=chosen_backend(backend, file=file, overrides=overrides or []),
             device=device,
             dry_run=dry_run,
+            supervise=supervise,
             json=json,
             tokenizer=model,
             base=model,
