@@ -2,8 +2,8 @@
 
 Notable:
 
-* norms, rotary angles and the softmax are float32 whatever the weights' type; a norm hands its result on in the compute
-  dtype, and a linear layer computes in the type of what it reads;
+* rotary angles and the softmax are float32 whatever the weights' type, and so are the sums of a norm, which reads and
+  hands on numbers of the compute dtype; a linear layer computes in the type of what it reads;
 * functions have gradients of their own where these keep less for backward: the rotation keeps nothing, the gated
   projection only its two factors;
 * backward of a linear layer waits for the gradient of its weights, which MLX would put off, and keep its input for;
@@ -47,17 +47,22 @@ def widen(x: Float[mx.array, "*shape"]) -> Float[mx.array, "*shape"]:
 
 @mx.custom_function
 def project(
-    x: Float[mx.array, "*shape inputs"], weight: Float[mx.array, "outputs inputs"]
-) -> Float[mx.array, "*shape outputs"]:
-    """`x @ weight.T`; backward goes on to earlier layers when the weights' gradient is there, and `x` is free."""
-    return x @ weight.T
+    x: Float[mx.array, "*shape inputs"], *weights: Float[mx.array, "outputs inputs"]
+) -> list[Float[mx.array, "*shape outputs"]]:
+    """`x @ weight.T` for each of the weights; backward goes on to earlier layers when their gradients are there, and `x` is free."""
+    return [x @ weight.T for weight in weights]
 
 
 @project.vjp
-def _project_vjp(primals: Sequence[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
-    x, weight = primals
-    grad_weight = _grad_weight(cotangent, x)
-    return mx.depends(cotangent @ weight, grad_weight), grad_weight
+def _project_vjp(
+    primals: Sequence[mx.array], cotangents: Sequence[mx.array], _: Sequence[mx.array]
+) -> tuple[mx.array, ...]:
+    x, *weights = primals
+    grad_weights = [_grad_weight(cotangent, x) for cotangent in cotangents]
+    grad_x = cotangents[0] @ weights[0]
+    for cotangent, weight in zip(cotangents[1:], weights[1:], strict=True):
+        grad_x = mx.addmm(grad_x, cotangent, weight)  # the sum is part of the product, not a pass of its own
+    return *mx.depends([grad_x], grad_weights), *grad_weights
 
 
 def _grad_weight(
@@ -89,7 +94,14 @@ class Linear(nn.Linear):
     def __call__(self, x: Float[mx.array, "*shape inputs"]) -> Float[mx.array, "*shape outputs"]:
         if is_frozen(self):
             return project_frozen(x, self.weight)  # pyright: ignore[reportReturnType]
-        return project(x, self.weight.astype(x.dtype))  # pyright: ignore[reportReturnType]
+        return project(x, self.weight.astype(x.dtype))[0]  # pyright: ignore[reportIndexIssue]
+
+
+def project_all(x: Float[mx.array, "*shape inputs"], *layers: nn.Module) -> list[Float[mx.array, "*shape outputs"]]:
+    """What each layer makes of `x`; trained linear layers have one gradient for it together."""
+    if all(type(layer) is Linear and not is_frozen(layer) for layer in layers):
+        return project(x, *(layer.weight.astype(x.dtype) for layer in layers))  # pyright: ignore[reportReturnType]
+    return [layer(x) for layer in layers]  # pyright: ignore[reportCallIssue]
 
 
 def is_frozen(layer: nn.Module) -> bool:
@@ -98,7 +110,11 @@ def is_frozen(layer: nn.Module) -> bool:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm, computed in float32 and returned in `dtype` (arXiv:1910.07467)."""
+    """Root-mean-square norm of numbers of `dtype`, which is that of the result, too (arXiv:1910.07467).
+
+    MLX sums in float32. A float32 residual stream is rounded before the norm, which its next reader would do after it: so
+    the norm and its gradient, bound by memory, move half of the bytes, and backward keeps half.
+    """
 
     def __init__(self, size: int, *, eps: float) -> None:
         super().__init__()
@@ -106,7 +122,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def __call__(self, x: Float[mx.array, "*shape size"], *, dtype: mx.Dtype) -> Float[mx.array, "*shape size"]:
-        return mx.fast.rms_norm(widen(x), widen(self.weight), self.eps).astype(dtype)
+        return mx.fast.rms_norm(x.astype(dtype), self.weight.astype(dtype), self.eps)
 
 
 class Rotation(NamedTuple):
@@ -309,9 +325,10 @@ class Attention(nn.Module):
         self, x: Float[mx.array, "batch length dim"], context: AttentionContext, cache: LayerCache | None
     ) -> Float[mx.array, "batch length dim"]:
         batch, length, _ = x.shape
-        q = self.q_proj(x).reshape(batch, length, self.heads, self.head_size)
-        k = self.k_proj(x).reshape(batch, length, self.kv_heads, self.head_size)
-        v = self.v_proj(x).reshape(batch, length, self.kv_heads, self.head_size).transpose(0, 2, 1, 3)
+        q, k, v = project_all(x, self.q_proj, self.k_proj, self.v_proj)
+        q = q.reshape(batch, length, self.heads, self.head_size)
+        k = k.reshape(batch, length, self.kv_heads, self.head_size)
+        v = v.reshape(batch, length, self.kv_heads, self.head_size).transpose(0, 2, 1, 3)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q, dtype=x.dtype), self.k_norm(k, dtype=x.dtype)
         q = context.rotation(q.transpose(0, 2, 1, 3))
@@ -333,7 +350,7 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(config.ffn_size, config.dim)
 
     def __call__(self, x: Float[mx.array, "*shape dim"]) -> Float[mx.array, "*shape dim"]:
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        gate, up = project_all(x, self.gate_proj, self.up_proj)
         if is_frozen(self.down_proj):
             return self.down_proj(gated(gate, up))  # pyright: ignore[reportArgumentType]
         return project_gated(gate, up, self.down_proj.weight.astype(x.dtype))  # pyright: ignore[reportReturnType]
