@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from anarcho_model.config import ModelConfig
 
-__all__ = ["LoraConfig", "LoraTarget", "adapter_shapes"]
+__all__ = ["LoraConfig", "LoraTarget", "adapter_shapes", "require_addable"]
 
 LoraTarget = Literal["q", "k", "v", "o", "gate", "up", "down"]
 _TARGETS: tuple[LoraTarget, ...] = get_args(LoraTarget)
@@ -76,3 +76,12 @@ def adapter_shapes(config: ModelConfig, lora: LoraConfig) -> dict[str, tuple[int
         shapes[f"{module}.lora_A.weight"] = (lora.rank, inputs)
         shapes[f"{module}.lora_B.weight"] = (outputs, lora.rank)
     return shapes
+
+
+def require_addable(config: ModelConfig, lora: LoraConfig, *, adapted: bool) -> None:
+    """Refuse an adapter that a model of this configuration, `adapted` already or not, cannot be given; raises ValueError."""
+    if adapted:
+        raise ValueError("the model has an adapter already; merge it before adding another one")
+    if lora.rank < 1:
+        raise ValueError(f"lora.rank is {lora.rank}; expected at least 1 for an adapter")
+    adapter_shapes(config, lora)

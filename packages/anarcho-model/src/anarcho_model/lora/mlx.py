@@ -17,7 +17,7 @@ import mlx.nn as nn
 from jaxtyping import Float, Int, UInt32
 
 from anarcho_model.layers.mlx import Linear, project_frozen
-from anarcho_model.lora.config import LoraConfig, adapter_shapes
+from anarcho_model.lora.config import LoraConfig, require_addable
 from anarcho_model.lora.draws import COLUMN, FACTOR, FEATURE, drop_threshold, first_matrix, layer_salt
 from anarcho_model.mlx import GPT
 
@@ -108,11 +108,7 @@ def add_adapter(model: GPT, config: LoraConfig, *, seed: int) -> None:
     Raises:
         ValueError: the rank is 0 or larger than a side of a matrix, or there is an adapter already.
     """
-    if model.adapter is not None:
-        raise ValueError("the model has an adapter already; merge it before adding another one")
-    if config.rank < 1:
-        raise ValueError(f"lora.rank is {config.rank}; expected at least 1 for an adapter")
-    adapter_shapes(model.config, config)
+    require_addable(model.config, config, adapted=model.adapter is not None)
     model.freeze()
     model.adapter = Adapter(config)
     for name, module in model.named_modules():
