@@ -1,9 +1,10 @@
-"""The command line inside the test's own process, which is far quicker than a process per command."""
+"""The command line inside the test's own process, which is far quicker than a process per command, and a real browser for its pages."""
 
 from __future__ import annotations
 
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import pytest
 from anarcho_cli.main import app
 from typer.testing import CliRunner
 
-# `served.py` is shared by several tests of the server.
+# `colours.py`, `reported.py` and `served.py` are shared by several tests.
 sys.path.insert(0, str(Path(__file__).parent))
 
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 Anarcho = Callable[..., Any]
 
 
@@ -36,3 +38,19 @@ def refused(anarcho: Anarcho) -> Callable[..., str]:
         return result.stderr
 
     return run
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A Chromium that is installed on the machine, or that playwright has installed; without either the test is skipped and says so."""
+    pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    from playwright.sync_api import Error, sync_playwright
+
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    with sync_playwright() as playwright:
+        try:
+            browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        except Error as error:
+            pytest.skip(f"no Chromium could be started: {error.message.splitlines()[0]}")
+        yield browser
+        browser.close()

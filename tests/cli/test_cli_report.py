@@ -8,7 +8,6 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from anarcho_cli.reporting.markup import Markup, element, json_script
 from anarcho_cli.reporting.page import comparison_page, run_page
 from anarcho_cli.reporting.run_view import read_run
 from anarcho_train import lock_run
+from colours import contrast
 from hypothesis import given
 from hypothesis import strategies as st
 from reported import CONFIG, entry, training, usual_records, write_run
@@ -289,24 +289,6 @@ def test_no_text_gets_out_of_an_element_an_attribute_or_the_data(text: str) -> N
     assert element("p", Markup("<b>x</b>"), None, hidden=True, id=None) == "<p hidden><b>x</b></p>"
 
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    from playwright.sync_api import Error, sync_playwright
-
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    with sync_playwright() as playwright:
-        try:
-            browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        except Error as error:
-            pytest.skip(f"no Chromium could be started: {error.message.splitlines()[0]}")
-        yield browser
-        browser.close()
-
-
 def test_the_pointer_and_the_keys_read_all_curves_at_one_step(browser: Any, run: Path, tmp_path: Path) -> None:
     file = tmp_path / "report.html"
     file.write_text(run_page(read_run(run)), encoding="utf-8")
@@ -366,17 +348,3 @@ def test_it_fits_a_phone_and_stands_out_in_both_colour_schemes(
     )
     assert unnamed == 0
     context.close()
-
-
-def contrast(first: str, second: str) -> float:
-    """Ratio of two colours' luminances, as the Web Content Accessibility Guidelines define it."""
-
-    def luminance(colour: str) -> float:
-        digits = colour.removeprefix("#")
-        digits = "".join(2 * digit for digit in digits) if len(digits) == 3 else digits
-        parts = [int(digits[at : at + 2], 16) / 255 for at in (0, 2, 4)]
-        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    light, dark = sorted((luminance(first), luminance(second)), reverse=True)
-    return (light + 0.05) / (dark + 0.05)

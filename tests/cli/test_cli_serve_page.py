@@ -1,8 +1,4 @@
-"""The chat page: its policy, and in a real browser everything that a person does with it.
-
-The browser is a Chromium that is installed on the machine, or the one that playwright has installed; without either,
-or without playwright, these tests are skipped and say so.
-"""
+"""The chat page: its policy, and in a real browser everything that a person does with it."""
 
 from __future__ import annotations
 
@@ -10,7 +6,6 @@ import base64
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,9 +20,8 @@ from anarcho_cli.serving.access import LOOPBACK, Access
 from anarcho_cli.serving.limits import Limits
 from anarcho_cli.serving.page import content_policy
 from anarcho_model.generate.sampling import SamplingConfig
+from colours import contrast
 from served import Served, tiny_model
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
 @pytest.fixture(scope="module")
@@ -43,21 +37,6 @@ def served(model: Path) -> Iterator[Served]:
         defaults = SamplingConfig(max_new_tokens=40)
         with Served(model, access=Access(hosts=LOOPBACK), defaults=defaults) as server:
             yield server
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    from playwright.sync_api import Error, sync_playwright
-
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    with sync_playwright() as playwright:
-        try:
-            browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        except Error as error:
-            pytest.skip(f"no Chromium could be started: {error.message.splitlines()[0]}")
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -310,17 +289,3 @@ def test_texts_stand_out_from_what_is_behind_them_in_both_colour_schemes(
         page.click("#theme")
         assert ("system" if name == "auto" else name) in page.get_attribute("#theme", "aria-label")
     context.close()
-
-
-def contrast(first: str, second: str) -> float:
-    """Ratio of two colours' luminances, as the Web Content Accessibility Guidelines define it."""
-
-    def luminance(colour: str) -> float:
-        digits = colour.removeprefix("#")
-        digits = "".join(2 * digit for digit in digits) if len(digits) == 3 else digits
-        parts = [int(digits[at : at + 2], 16) / 255 for at in (0, 2, 4)]
-        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    light, dark = sorted((luminance(first), luminance(second)), reverse=True)
-    return (light + 0.05) / (dark + 0.05)
