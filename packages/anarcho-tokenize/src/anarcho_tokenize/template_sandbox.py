@@ -103,7 +103,7 @@ class _Generation(Extension):
 
 
 def _replace_concatenations(node: nodes.Node) -> None:
-    """Turns ``a ~ b`` into a call that looks at the size of what it makes: Jinja's own joins whatever it is given."""
+    """Turns ``a ~ b`` into ``[a, b] | join``: a filter looks at the size of what it makes, Jinja's own concatenation does not."""
     for child in node.iter_child_nodes():
         _replace_concatenations(child)
     for field, value in node.iter_fields():
