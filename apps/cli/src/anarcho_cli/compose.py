@@ -11,9 +11,8 @@ import math
 import shutil
 import signal
 import tempfile
-import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,13 @@ from anarcho_tokenize import NetworkError, load_tokenizer, read_texts, train_tok
 from anarcho_train import Alone, RankLost, Ranks, TrainResult, after_first, require_equal, told
 
 from anarcho_cli import config as configuration
-from anarcho_cli.back_ends import BackEnd, back_end
+from anarcho_cli.attempt import Attempt, begin
+from anarcho_cli.back_ends import TrainingStep
 from anarcho_cli.config import RunConfig
 from anarcho_cli.data import RunData, open_run_data
 from anarcho_cli.diagnostics import Diagnostics, diagnosed
 from anarcho_cli.disk_space import require_disk_space
-from anarcho_cli.fitting.decision import agreed
+from anarcho_cli.fitting.decision import Fit, agreed
 from anarcho_cli.fitting.run_fit import find_fit
 from anarcho_cli.models import CHECKPOINTS
 from anarcho_cli.output import note
@@ -36,7 +36,7 @@ from anarcho_cli.reference import with_reference
 from anarcho_cli.resume_changes import Change, announcement, take_changes
 from anarcho_cli.run_directory import BASE, CONFIG_FILE, DATA, REFERENCE, TOKENIZER, create_run
 from anarcho_cli.run_sample import require_prompt, write_sample
-from anarcho_cli.shared_run import joined, require_together
+from anarcho_cli.shared_run import joined
 from anarcho_cli.training_loop import make_loop, open_checkpoints, open_sinks, require_same_run
 
 
@@ -91,11 +91,8 @@ def train(
     conversations turn out to be unusable, the directory is gone again. Of several processes, ``ranks``, the first makes all this and the
     others wait for it. Raises the packages' ValueError and OSError.
     """
-    started = time.monotonic()
     ranks = ranks or Alone()
-    framework = back_end(backend)
-    framework.require_supported(config, device)
-    require_together(config, ranks)
+    attempt = begin(run_directory, config, backend=backend, device=device, ranks=ranks)
     with after_first(ranks):
         if ranks.rank == 0:
             require_disk_space(run_directory / CHECKPOINTS, config)
@@ -116,17 +113,7 @@ def train(
         except KeyboardInterrupt:
             note(f"stopped before the training began; continue with --resume {run_directory}")
             raise
-        return _train(
-            run_directory,
-            config,
-            data,
-            framework,
-            device=device,
-            started=started,
-            ranks=ranks,
-            inherits=inherits,
-            diagnostics=diagnostics,
-        )
+        return _train(attempt, config, data, inherits=inherits, diagnostics=diagnostics)
 
 
 def resume(
@@ -144,12 +131,9 @@ def resume(
     Neither device nor framework have to be those with which it began. ``overrides`` (``--set`` texts) and what was changed in the run's
     config.toml are judged key by key; ``allow_changes`` allows those that change what is learned from here on.
     """
-    started = time.monotonic()
     ranks = ranks or Alone()
     config = configuration.resolve(preset=None, file=run_directory / CONFIG_FILE, overrides=overrides)
-    framework = back_end(backend)
-    framework.require_supported(config, device)
-    require_together(config, ranks)
+    attempt = begin(run_directory, config, backend=backend, device=device, ranks=ranks)
     with joined(run_directory, ranks) as inherits, ExitStack() as stack:
         checkpoints = open_checkpoints(run_directory, config)
         checkpoint, changes = None, []
@@ -172,16 +156,12 @@ def resume(
         if found := told(ranks, checkpoint.name if checkpoint else ""):
             checkpoint = checkpoints.directory / found
         return _train(
-            run_directory,
+            attempt,
             config,
             data,
-            framework,
-            device=device,
-            started=started,
+            inherits=inherits,
             checkpoint=checkpoint,
             changes=changes,
-            ranks=ranks,
-            inherits=inherits,
             diagnostics=diagnostics,
         )
 
@@ -225,49 +205,27 @@ def _with_steps(config: RunConfig, data: RunData) -> RunConfig:
 
 
 def _train(
-    run_directory: Path,
+    attempt: Attempt,
     config: RunConfig,
     data: RunData,
-    framework: BackEnd,
     *,
-    device: str,
-    started: float,
-    ranks: Ranks,
     inherits: Callable[[], bool],
     checkpoint: Path | None = None,
     changes: Sequence[Change] = (),
     diagnostics: Diagnostics | None = None,
 ) -> RunSummary:
     """Trains from the beginning, or on from a checkpoint since which ``changes`` were made to the configuration."""
+    run_directory, framework, ranks = attempt.run_directory, attempt.framework, attempt.ranks
     config = _with_steps(config, data)
     tokenizer = load_tokenizer(run_directory / TOKENIZER)
     require_prompt(config, tokenizer)
-    base = run_directory / BASE
-    framework.limit_memory(device)
-    with after_first(ranks):
-        fit = find_fit(run_directory, config, backend=framework.NAME, device=device)
-    fit = agreed(fit, ranks)
+    framework.limit_memory(attempt.device)
+    fit = _find_fit(attempt, config)
     config = fit.applied(config) if fit else config
-    step = framework.make_step(config, tokenizer, base, device=device, ranks=ranks)
-    if config.data.kind == "preference" and config.preference.needs_reference:
-        shards, kept = run_directory / DATA, run_directory / REFERENCE
-        with after_first(ranks):
-            data = with_reference(data, config, step, base=base, shards=shards, directory=kept)
-    progress_sinks = open_sinks(run_directory, config) if ranks.rank == 0 else Sinks([])
-    try:
-        loop = make_loop(
-            run_directory,
-            config,
-            data,
-            step,
-            progress_sinks,
-            tokenizer,
-            back_end=framework,
-            device=device,
-            fit=fit,
-            ranks=ranks,
-            inherits=inherits,
-        )
+    step = framework.make_step(config, tokenizer, run_directory / BASE, device=attempt.device, ranks=ranks)
+    data = _with_reference(attempt, config, data, step)
+    with closing(open_sinks(run_directory, config) if ranks.rank == 0 else Sinks([])) as sinks:
+        loop = make_loop(attempt, config, data, step, sinks, tokenizer, fit=fit, inherits=inherits)
         require_equal(ranks, {**loop.hashes, "the micro-batch": loop.micro_batch})
         if checkpoint is not None:
             require_same_run(loop, checkpoint)
@@ -277,15 +235,29 @@ def _train(
         if changes:
             loop.announcements.append(announcement(changes))
         wanted = diagnostics or Diagnostics()
-        with diagnosed(loop, run_directory, wanted, backend=framework.NAME, device=device):
+        with diagnosed(loop, run_directory, wanted, backend=framework.NAME, device=attempt.device):
             result = loop.run()
         sample = None if result.stopped_by or ranks.rank else write_sample(config, framework, step, tokenizer)
         if sample is not None:
-            progress_sinks.write("sample", step=result.step, tokens=result.tokens, text=sample)
-        progress_sinks.write("end", step=result.step, tokens=result.tokens, seconds=time.monotonic() - started)
-    finally:
-        progress_sinks.close()
-    return _summary(run_directory, result, sample, seconds=time.monotonic() - started)
+            sinks.write("sample", step=result.step, tokens=result.tokens, text=sample)
+        sinks.write("end", step=result.step, tokens=result.tokens, seconds=attempt.seconds)
+    return _summary(run_directory, result, sample, seconds=attempt.seconds)
+
+
+def _find_fit(attempt: Attempt, config: RunConfig) -> Fit | None:
+    """What all processes take for the settings that the configuration leaves open."""
+    with after_first(attempt.ranks):
+        fit = find_fit(attempt.run_directory, config, backend=attempt.framework.NAME, device=attempt.device)
+    return agreed(fit, attempt.ranks)
+
+
+def _with_reference(attempt: Attempt, config: RunConfig, data: RunData, step: TrainingStep) -> RunData:
+    """The data, with what the base model makes of it where the loss compares with that."""
+    if config.data.kind != "preference" or not config.preference.needs_reference:
+        return data
+    run = attempt.run_directory
+    with after_first(attempt.ranks):
+        return with_reference(data, config, step, base=run / BASE, shards=run / DATA, directory=run / REFERENCE)
 
 
 def _summary(run_directory: Path, result: TrainResult, sample: str | None, *, seconds: float) -> RunSummary:

@@ -18,10 +18,11 @@ from anarcho_monitor import (
 )
 from anarcho_optim import schedules
 from anarcho_tokenize import AnyTokenizer
-from anarcho_train import CheckpointError, CheckpointStore, Loop, Ranks, StepSchedule
+from anarcho_train import CheckpointError, CheckpointStore, Loop, StepSchedule
 
 from anarcho_cli import config as configuration
-from anarcho_cli.back_ends import BackEnd, TrainingStep, precision_name
+from anarcho_cli.attempt import Attempt
+from anarcho_cli.back_ends import TrainingStep, precision_name
 from anarcho_cli.background_saving import copies_state, has_room_for_copy
 from anarcho_cli.config import RunConfig, to_dict
 from anarcho_cli.data import RunData
@@ -32,40 +33,30 @@ from anarcho_cli.run_directory import CONFIG_FILE, METRICS_FILE, TENSORBOARD
 
 
 def make_loop(
-    run_directory: Path,
+    attempt: Attempt,
     config: RunConfig,
     data: RunData,
     step: TrainingStep,
-    sink: Sinks,
+    sinks: Sinks,
     tokenizer: AnyTokenizer,
     *,
-    back_end: BackEnd,
-    device: str,
-    ranks: Ranks,
+    fit: Fit | None,
     inherits: Callable[[], bool],
-    fit: Fit | None = None,
 ) -> Loop:
     """The loop over ``data``; nothing is trained or restored yet. ``fit`` is what was found for what ``config`` left open."""
+    run_directory, device, ranks = attempt.run_directory, attempt.device, attempt.ranks
     checkpoints = open_checkpoints(run_directory, config)
-
-    def schedule(number: int) -> StepSchedule:
-        return StepSchedule(
-            lr_scale=schedules.lr_scale(config.optim, number, total_steps=config.train.steps),
-            momentum=schedules.momentum(config.optim, number),
-            number=number,
-        )
-
     return Loop(
         step=step,
         batches=data.train,
         validation=data.validation,
         samples_per_step=data.samples_per_step,
         micro_batch_tokens=fit.micro_batch * config.sequence_length if fit and data.samples_per_step else None,
-        schedule=schedule,
+        schedule=lambda number: _schedule(config, number),
         config=config.train,
         sequence_length=config.sequence_length,
         checkpoints=checkpoints,
-        sink=sink,
+        sink=sinks,
         early_stopping=EarlyStopping(
             patience=config.train.early_stopping_patience, min_delta=config.train.early_stopping_min_delta
         ),
@@ -74,44 +65,57 @@ def make_loop(
             "tokenizer": tokenizer.sha256,
             "data": data.sha256,
         },
-        throughput=Throughput(
-            total_steps=config.train.steps,
-            flops_per_token=config.flops_per_token,
-            peak_flops=_peak_of_all(config.monitor.peak_flops or peak_flops(back_end.device_name(device)), ranks),
-        ),
-        gauges=lambda: back_end.gauges(step, device),
+        throughput=_throughput(attempt, config),
+        gauges=lambda: attempt.framework.gauges(step, device),
         recovery=config.recovery,
         announcements=data.announcements,
         settings=to_dict(configuration.load(run_directory / CONFIG_FILE)),
         checkpoint_bytes=checkpoint_bytes(config),
         background=lambda: copies_state(config, device=device, ranks=ranks) and has_room_for_copy(config),
-        facts={
-            "backend": back_end.NAME,
-            "device": device,
-            "processes": ranks.size,
-            "precision": precision_name(step),
-            "compiled": step.compiled,
-            "micro_batch": config.train.micro_batch,
-            "gradient_checkpointing": config.train.gradient_checkpointing,
-            **(fit.facts() if fit else {}),
-            "parameters": config.model.num_parameters,
-            "trained_parameters": config.trained_parameters,
-            **data.facts,
-        },
+        facts={**_facts(attempt, config, step), **(fit.facts() if fit else {}), **data.facts},
         on_checkpoint=lambda: data.release(_first_needed_sample(checkpoints)),
         ranks=ranks,
         inherits=inherits,
     )
 
 
+def _schedule(config: RunConfig, number: int) -> StepSchedule:
+    """What the step with this number is made with."""
+    return StepSchedule(
+        lr_scale=schedules.lr_scale(config.optim, number, total_steps=config.train.steps),
+        momentum=schedules.momentum(config.optim, number),
+        number=number,
+    )
+
+
+def _throughput(attempt: Attempt, config: RunConfig) -> Throughput:
+    """Measures against the peak of all processes' devices together, which are taken to be alike."""
+    peak = config.monitor.peak_flops or peak_flops(attempt.framework.device_name(attempt.device))
+    return Throughput(
+        total_steps=config.train.steps,
+        flops_per_token=config.flops_per_token,
+        peak_flops=None if peak is None else peak * attempt.ranks.size,
+    )
+
+
+def _facts(attempt: Attempt, config: RunConfig, step: TrainingStep) -> dict[str, Any]:
+    """What the metrics file says of each attempt."""
+    return {
+        "backend": attempt.framework.NAME,
+        "device": attempt.device,
+        "processes": attempt.ranks.size,
+        "precision": precision_name(step),
+        "compiled": step.compiled,
+        "micro_batch": config.train.micro_batch,
+        "gradient_checkpointing": config.train.gradient_checkpointing,
+        "parameters": config.model.num_parameters,
+        "trained_parameters": config.trained_parameters,
+    }
+
+
 def open_checkpoints(run_directory: Path, config: RunConfig) -> CheckpointStore:
     """The checkpoints of the run."""
     return CheckpointStore(run_directory / CHECKPOINTS, keep_last=config.train.keep_last)
-
-
-def _peak_of_all(peak: float | None, ranks: Ranks) -> float | None:
-    """The peak of all processes' devices together, which are taken to be alike."""
-    return None if peak is None else peak * ranks.size
 
 
 def _first_needed_sample(checkpoints: CheckpointStore) -> int:
