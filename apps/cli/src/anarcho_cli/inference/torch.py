@@ -50,7 +50,9 @@ def judge(
     from anarcho_model.logprobs.chunks import chunk_tokens
 
     device = model.head_weight.device
-    size = chunk_tokens(len(targets), vocab_size=model.head_weight.shape[0], chunk_bytes=model.logits_chunk_bytes)
+    size = chunk_tokens(
+        len(targets), vocab_size=model.head_weight.shape[0], chunk_bytes=model.chunk_bytes(len(targets))
+    )
     logprobs, likeliest = [], []
     with torch.inference_mode():
         hidden = model.hidden_states(torch.from_numpy(tokens).to(device))

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from anarcho_model.config import ModelConfig
 
@@ -48,6 +49,18 @@ class RMSNorm(nn.Module):
     def forward(self, x: Float[Tensor, "*shape size"]) -> Float[Tensor, "*shape size"]:
         weight = widen(self.weight)
         return F.rms_norm(widen(x), weight.shape, weight, self.eps).to(compute_dtype(self.weight))
+
+
+def project_all(x: Float[Tensor, "tokens inputs"], *layers: nn.Module) -> list[Float[Tensor, "tokens outputs"]]:
+    """What each layer makes of `x`; compiled for CUDA, linear layers are one product, and so is the gradient of `x`.
+
+    Their weights stay apart; a copy of them side by side is part of the cast to the compute dtype.
+    """
+    if x.is_cuda and torch.compiler.is_compiling() and all(type(layer) is nn.Linear for layer in layers):
+        weights = [layer.weight for layer in layers]
+        together = F.linear(x, torch.cat(weights))  # pyright: ignore[reportArgumentType, reportCallIssue]
+        return list(together.split([len(weight) for weight in weights], dim=-1))  # pyright: ignore[reportArgumentType]
+    return [layer(x) for layer in layers]
 
 
 class RotaryTables(nn.Module):
@@ -99,6 +112,15 @@ def rotate(
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
+CUDA_BACKENDS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+"""The kernels of causal attention in training, by preference: with heads of 64 on an H100, cuDNN's takes 3.7 ms where PyTorch's own flash
+attention takes 6.0 (16 sequences of 4096, 12 heads, forward and backward)."""
+
 EXPLICIT_LENGTH = 256
 """Up to this many tokens, compiled attention on a CPU is faster as two matrix products around a fused softmax."""
 
@@ -117,6 +139,9 @@ def attend(
     autocast does everywhere.
     """
     length, head = q.shape[-2:]
+    if mask is None and q.is_cuda and torch.is_grad_enabled():
+        with sdpa_kernel(CUDA_BACKENDS, set_priority=True):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     if mask is not None or q.device.type != "cpu" or length > EXPLICIT_LENGTH or not torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
     ids = torch.arange(length, device=q.device)
@@ -184,9 +209,10 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "batch length dim"]:
         batch, length, dim = x.shape
         flat = x.reshape(-1, dim)
-        q = self.q_proj(flat).view(batch, length, self.heads, self.head_size)
-        k = self.k_proj(flat).view(batch, length, self.kv_heads, self.head_size)
-        v = self.v_proj(flat).view(batch, length, self.kv_heads, self.head_size).transpose(1, 2)
+        q, k, v = project_all(flat, self.q_proj, self.k_proj, self.v_proj)
+        q = q.view(batch, length, self.heads, self.head_size)
+        k = k.view(batch, length, self.kv_heads, self.head_size)
+        v = v.view(batch, length, self.kv_heads, self.head_size).transpose(1, 2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q = rotate(q.transpose(1, 2), context.cos, context.sin)
@@ -211,7 +237,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch length dim"]) -> Float[Tensor, "batch length dim"]:
         flat = x.reshape(-1, x.shape[-1])
-        return self.down_proj(F.silu(self.gate_proj(flat)) * self.up_proj(flat)).view(x.shape)
+        gate, up = project_all(flat, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up).view(x.shape)
 
 
 class Block(nn.Module):

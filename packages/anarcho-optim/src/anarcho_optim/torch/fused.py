@@ -6,6 +6,7 @@ Notable:
   nothing is stacked but the half-precision iterate, nothing recompiles, and a captured graph survives gradients that move.
 * All matrices of a shape, transposed or not, are one batch; its temporary memory is capped at `memory.CUDA_SCRATCH_BYTES`.
 * Everything runs on one stream: what memory bounds, run beside the products on a second one, slowed these by as much as it saved.
+* Whether a step counts, and what its gradients are multiplied by, may be known on the device alone (`found_inf`, `grad_scale`).
 * What this path does not take (float32 iterations, DTensors, strided parameters, row equilibration) it leaves to the general one.
 """
 
@@ -21,6 +22,8 @@ from torch.distributed import ProcessGroup
 
 from anarcho_optim.torch.newton_schulz import Products, iterate
 from anarcho_optim.torch.plan import (
+    CONTROLS,
+    NO_CONTROLS,
     SETTINGS,
     Group,
     MatrixBatch,
@@ -53,8 +56,19 @@ class FusedStep:
     def __reduce__(self) -> Any:
         return functools.partial(FusedStep, cuda_graph=self._cuda_graph, process_group=None), ()
 
-    def step(self, groups: Sequence[Group], state: State) -> list[Group]:
-        """Updates what it can of the parameters with gradients; returns the groups with the rest."""
+    def step(
+        self,
+        groups: Sequence[Group],
+        state: State,
+        *,
+        found_inf: Tensor | None = None,
+        grad_scale: Tensor | None = None,
+    ) -> list[Group]:
+        """Updates what it can of the parameters with gradients; returns the groups with the rest.
+
+        The two scalars are a gradient scaler's: where ``found_inf`` is not 0 nothing changes, and gradients are divided by ``grad_scale``.
+        They are read on the device, so the host need not know them.
+        """
         parameters = [p for group in groups for p in group["params"]]
         if not any(p.is_cuda for p in parameters) or load_kernels() is None:
             return [group | {"params": [p for p in group["params"] if p.grad is not None]} for group in groups]
@@ -75,6 +89,7 @@ class FusedStep:
         if plan.parameters:
             with torch.cuda.device(plan.settings.device):
                 self._upload(plan, groups, state)
+                _control(plan, found_inf, grad_scale)
                 self._run(plan)
         return [groups[i] | {"params": rest} for i, rest in plan.leftover]
 
@@ -88,6 +103,7 @@ class FusedStep:
             # A pageable copy is staged before the call returns, so the host tensor may die.
             plan.settings.copy_(torch.tensor(values).view(-1, SETTINGS), non_blocking=True)
             plan.values = values
+            plan.controlled = False
 
     def _run(self, plan: Plan) -> None:
         if not self._cuda_graph or plan.runs == 0:
@@ -106,6 +122,17 @@ class FusedStep:
             _apply(batch, orthogonal, plan.settings)
         for vectors in plan.vectors:
             _update_vectors(vectors, plan.settings)
+
+
+def _control(plan: Plan, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
+    """Writes what the scaler says into the table, or takes out what it said of an earlier step."""
+    if found_inf is None and grad_scale is None and not plan.controlled:
+        return
+    skipped, factor = NO_CONTROLS
+    columns = plan.settings[:, CONTROLS]
+    columns[:, 0] = skipped if found_inf is None else found_inf
+    columns[:, 1] = factor if grad_scale is None else 1.0 / grad_scale
+    plan.controlled = found_inf is not None or grad_scale is not None
 
 
 def _advance(batch: MatrixBatch, settings: Tensor) -> Tensor:
@@ -147,7 +174,9 @@ def _apply(batch: MatrixBatch, o: Tensor, settings: Tensor) -> None:
         dim = int((options["normuon_axis"] == -1) == tall)
         factors = None
         if options["normuon"]:
-            factors = _normuon(batch.neurons[part], o[part], None if factor is None else factor[part], options, dim)
+            skipped = settings[batch.group, CONTROLS][0] != 0
+            norms = None if factor is None else factor[part]
+            factors = _normuon(batch.neurons[part], o[part], norms, options, dim, skipped=skipped)
         load_kernels().apply_updates(
             batch.table,
             settings[batch.group],
@@ -164,14 +193,17 @@ def _apply(batch: MatrixBatch, o: Tensor, settings: Tensor) -> None:
         )
 
 
-def _normuon(neurons: list[Tensor], o: Tensor, factor: Tensor | None, options: Group, dim: int) -> Tensor:
-    """NorMuon's factors (matrices, neurons) of stacked updates, ``factor`` O, along ``dim``; advances the running mean squares."""
+def _normuon(
+    neurons: list[Tensor], o: Tensor, factor: Tensor | None, options: Group, dim: int, *, skipped: Tensor
+) -> Tensor:
+    """NorMuon's factors (matrices, neurons) of stacked updates, ``factor`` O, along ``dim``; unless ``skipped``, advances the means."""
     reduced = 2 - dim
     mean_sq = torch.linalg.vector_norm(o, dim=reduced, dtype=torch.float32).square() / o.shape[reduced]
     if factor is not None:
         mean_sq = mean_sq * factor.square().unsqueeze(-1)
-    factors, running = normuon_factors(mean_sq, torch.stack(neurons), beta2=options["normuon_beta2"])
-    torch._foreach_copy_(neurons, list(running.unbind()))
+    before = torch.stack(neurons)
+    factors, running = normuon_factors(mean_sq, before, beta2=options["normuon_beta2"])
+    torch._foreach_copy_(neurons, list(torch.where(skipped, before, running).unbind()))
     return factors
 
 

@@ -194,6 +194,8 @@ def _momentum_kernel(
     TILE: tl.constexpr,
 ):
     """m <- mu m + (1 - mu) g; writes the update, rows <= columns, in bfloat16, and each tile's largest entry and scaled sum of squares."""
+    if tl.load(settings + 5) != 0:
+        return
     mu = tl.load(settings + 2)
     matrix = first + tl.program_id(1)
     tile = tl.program_id(0)
@@ -217,7 +219,7 @@ def _momentum_kernel(
     else:
         offsets = row[:, None].to(tl.int64) * stride + column[None, :]
         mask = (row[:, None] < rows) & (column[None, :] < columns)
-    g = tl.load(gradients + offsets, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(gradients + offsets, mask=mask, other=0.0).to(tl.float32) * tl.load(settings + 6)
     m = tl.load(momenta + offsets, mask=mask, other=0.0)
     m = m + (1.0 - mu) * (g - m)
     tl.store(momenta + offsets, m, mask=mask)
@@ -273,6 +275,8 @@ def _apply_kernel(
     TILE: tl.constexpr,
 ):
     """W <- (1 - lr wd) W - lr S O, where O is stored with rows <= columns; FACTORS is the dimension of O that `factors` multiply, or -1."""
+    if tl.load(settings + 5) != 0:
+        return
     lr = tl.load(settings)
     decay = lr * tl.load(settings + 1)
     matrix = first + tl.program_id(1)
@@ -317,6 +321,8 @@ def _adamw_kernel(
     BLOCK: tl.constexpr,
 ):
     """AdamW on one chunk of one parameter; `owners` holds the parameter and the chunk's start of every program."""
+    if tl.load(settings + 5) != 0:
+        return
     lr = tl.load(settings)
     decay = tl.load(settings + 1)
     beta1 = tl.load(settings + 2)
@@ -335,7 +341,7 @@ def _adamw_kernel(
     correction2 = tl.load(corrections + owner * 2 + 1)
     # A mask of a length that is only known here forbids wide loads, so whole chunks have none.
     mask = offsets < tl.load(row + 5) if MASKED else None
-    g = tl.load(gradients, mask=mask).to(tl.float32)
+    g = tl.load(gradients, mask=mask).to(tl.float32) * tl.load(settings + 6)
     w = tl.load(parameters, mask=mask).to(tl.float32)
     m = tl.load(first_moments, mask=mask)
     v = tl.load(second_moments, mask=mask)
@@ -351,6 +357,8 @@ def _adamw_kernel(
 @triton.jit
 def _advance_kernel(table, settings, corrections, parameters, BLOCK: tl.constexpr):
     """Adds 1 to the step t of every parameter of the table; writes 1 - beta1^t and sqrt(1 - beta2^t), computed in double precision."""
+    if tl.load(settings + 5) != 0:
+        return
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = index < parameters
     steps = tl.load(table + index * 6 + 4, mask=mask, other=0).to(tl.pointer_type(tl.float32))

@@ -7,6 +7,7 @@ Notable:
 * Same-shape matrices run as one batched iteration; the memory of a batch is capped (`memory.batch_bytes`).
 * Gradients are never modified; a parameter without a gradient is left alone, not decayed.
 * Under FSDP2 (DTensor) whole matrices travel to an owner and back; under DDP each rank orthogonalises a share (`process_group`).
+* What a gradient scaler says of a step (``found_inf``, ``grad_scale``) is taken as by torch's fused optimizers, on CUDA without waiting.
 * On CUDA, dense half-precision iterations take the path of `fused`: a fixed number of launches, whatever the number of layers.
 * torch.compile leaves a step as it is: traced, it would be compiled again whenever a schedule changes a rate.
 
@@ -68,6 +69,9 @@ class MuonAdamW(torch.optim.Optimizer):
         self, params: Iterable[Any], defaults: Group, *, process_group: ProcessGroup | None, cuda_graph: bool
     ) -> None:
         self._fused = fused.FusedStep(cuda_graph=cuda_graph, process_group=process_group)
+        self._step_supports_amp_scaling = (
+            True  # so `torch.amp.GradScaler` leaves both to the step, and waits for nothing
+        )
         # Schedulers look among the defaults for what they can schedule.
         super().__init__(params, defaults)
 
@@ -116,7 +120,7 @@ class MuonAdamW(torch.optim.Optimizer):
             }
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_fused": self._fused}
+        return super().__getstate__() | {"_fused": self._fused, "_step_supports_amp_scaling": True}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -132,15 +136,19 @@ class MuonAdamW(torch.optim.Optimizer):
     @torch._disable_dynamo
     def _update(self) -> None:
         check_gradients(self.param_groups)
-        for group in self._fused.step(self.param_groups, self.state):
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        rest = self._fused.step(self.param_groups, self.state, found_inf=found_inf, grad_scale=grad_scale)
+        if found_inf is not None and any(group["params"] for group in rest) and bool(found_inf):
+            return
+        for group in rest:
             if group["algorithm"] == "muon":
-                self._muon_step(group)
+                self._muon_step(group, grad_scale)
             else:
-                self._adamw_step(group)
+                self._adamw_step(group, grad_scale)
 
-    def _muon_step(self, group: Group) -> None:
+    def _muon_step(self, group: Group, grad_scale: Tensor | None) -> None:
         members = [
-            Matrix(p, local_gradient(p), self.state[p], blocks(p.shape, group, where=""))
+            Matrix(p, _unscaled(local_gradient(p), grad_scale), self.state[p], blocks(p.shape, group, where=""))
             for p in group["params"]
             if p.numel()
         ]
@@ -149,7 +157,7 @@ class MuonAdamW(torch.optim.Optimizer):
             update_matrices(batch, group, process_group=self._fused.process_group, first=first)
             first += len(batch)
 
-    def _adamw_step(self, group: Group) -> None:
+    def _adamw_step(self, group: Group, grad_scale: Tensor | None) -> None:
         # Elementwise, so that shards are updated where they lie. A rank without elements counts the steps nevertheless, and takes part in
         # what brings a gradient to its parameter.
         all_gradients = [local_gradient(p) for p in group["params"]]
@@ -157,7 +165,7 @@ class MuonAdamW(torch.optim.Optimizer):
         for parameter, gradient in zip(group["params"], all_gradients, strict=True):
             if gradient.numel():
                 members.append(parameter)
-                gradients.append(gradient.float())
+                gradients.append(_unscaled(gradient, grad_scale).float())
             else:
                 self.state[parameter]["step"] += 1
         parameters = [local(p) for p in members]
@@ -250,6 +258,11 @@ def _batches(members: list[Matrix]) -> Iterator[list[Matrix]]:
         size = math.ceil(len(bucket) / math.ceil(len(bucket) / size))
         for start in range(0, len(bucket), size):
             yield bucket[start : start + size]
+
+
+def _unscaled(gradient: Tensor, scale: Tensor | None) -> Tensor:
+    """The gradient itself, or divided by the scale in a tensor of its own."""
+    return gradient if scale is None else gradient.float() / scale.to(gradient.device)
 
 
 def _aligned(weight: Tensor, gradient: Tensor, state: Mapping[str, Tensor]) -> bool:

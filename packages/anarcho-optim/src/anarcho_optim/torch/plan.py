@@ -25,8 +25,11 @@ Group = dict[str, Any]
 State = Mapping[Tensor, dict[str, Tensor]]
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SETTINGS = 5
-"""Floats per group in the table of settings: lr, weight decay, and momentum, or beta1, beta2, eps."""
+SETTINGS = 7
+"""Floats per group in the table of settings: lr, weight decay, and momentum, or beta1, beta2, eps; then the two of `CONTROLS`."""
+CONTROLS = slice(5, 7)
+"""Whether the step is left out (not 0), and what gradients are multiplied by: what a gradient scaler says of a step, on the device."""
+NO_CONTROLS = (0.0, 1.0)
 
 
 @functools.cache
@@ -127,6 +130,8 @@ class Plan:
     settings: Tensor
     addresses: list[int] = field(default_factory=list)
     values: tuple[float, ...] = ()
+    controlled: bool = False
+    """Whether the table's `CONTROLS` may differ from `NO_CONTROLS`."""
     graph: torch.cuda.CUDAGraph | None = None
     runs: int = 0
 
@@ -149,8 +154,8 @@ def static_options(group: Group) -> list[tuple[str, Any]]:
 
 def settings_of(group: Group) -> tuple[Any, ...]:
     if group["algorithm"] == "muon":
-        return group["lr"], group["weight_decay"], group["momentum"], 0.0, 0.0
-    return group["lr"], group["weight_decay"], *group["betas"], group["eps"]
+        return group["lr"], group["weight_decay"], group["momentum"], 0.0, 0.0, *NO_CONTROLS
+    return group["lr"], group["weight_decay"], *group["betas"], group["eps"], *NO_CONTROLS
 
 
 def _takes(parameter: Tensor, group: Group, state: dict[str, Tensor], cut: Blocks | None) -> bool:

@@ -1,9 +1,12 @@
 """The training step in PyTorch: accumulation by total weight, autocast, clipping, update, and an exact state on disk.
 
 Notable: weights, gradients and optimizer state are float32; only matrix products run in the compute type. A step whose gradient is not
-finite changes nothing. The state on disk is safetensors under parameter names, so it depends neither on this class nor on the order
-of parameters: the model's files as the caller writes them, ``optimizer.safetensors`` with ``<parameter>.<state>`` and
-``runtime.safetensors`` with the random generators and the loss scale.
+finite changes nothing; on CUDA the device decides that, with an optimizer that takes ``found_inf`` and ``grad_scale`` as torch's fused ones
+do, so that it never waits for the host.
+
+The state on disk is safetensors under parameter names, so it depends neither on this class nor on the order of parameters: the model's
+files as the caller writes them, ``optimizer.safetensors`` with ``<parameter>.<state>`` and ``runtime.safetensors`` with the random
+generators and the loss scale.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import shutil
 import sysconfig
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -113,6 +117,42 @@ def _can_compile_for_cpu() -> bool:
     return headers.is_file() and any(name and shutil.which(name) for name in compilers)
 
 
+@dataclass(frozen=True)
+class _Sums:
+    """What was measured on each micro-batch, summed over it, on the device."""
+
+    names: tuple[str, ...]
+    """Of the measures besides the loss."""
+    values: Tensor
+    """(micro-batches, 1 + measures), the loss first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Update:
+    """What is known of an update when it has been handed to the device."""
+
+    measured: Sequence[Sequence[float]]
+    """Loss and measures of each micro-batch, summed."""
+    grad_norm: float
+    updated: bool
+    sizes: UpdateSizes | None
+
+
+class _Later:
+    """Numbers of a CUDA device, read without waiting for what it is given to do afterwards."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._copy = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+        self._copy.copy_(numbers, non_blocking=True)
+        self._copied = torch.cuda.Event()
+        self._copied.record()
+
+    def read(self) -> list[float]:
+        """The numbers, as soon as they are there."""
+        self._copied.synchronize()
+        return self._copy.tolist()
+
+
 class TorchStep:
     """`anarcho_train.step.Step` for a torch model and any torch optimizer.
 
@@ -161,6 +201,8 @@ class TorchStep:
         self._begin, self._first_random = begin, RandomState(self.device)
         self._keeps_state = bool(optimizer.state)
         self._updating = False
+        gated = getattr(optimizer, "_step_supports_amp_scaling", False)
+        self._decides_on_device = gated and self.device.type == "cuda" and not self._scaler.is_enabled()
 
     def train(self, micro_batches: Sequence[Batch], *, schedule: StepSchedule) -> StepMetrics:
         """One update; the gradient is that of the mean loss over the weight of all micro-batches together."""
@@ -170,7 +212,7 @@ class TorchStep:
         weight = float(sum(self._loss.weight(batch) for batch in micro_batches))
         self._apply(schedule)
         try:
-            total = self._accumulate(micro_batches, weight, number=schedule.number)
+            measured = self._accumulate(micro_batches, weight, number=schedule.number)
         except Exception as error:
             if not (
                 self.compiled
@@ -179,39 +221,71 @@ class TorchStep:
             ):
                 raise
             self._leave_compilation(error)
-            total = self._accumulate(micro_batches, weight, number=schedule.number)
+            measured = self._accumulate(micro_batches, weight, number=schedule.number)
         self._may_fall_back = False
+        update = self._update_on_device if self._decides_on_device else self._update
+        found = update(measured.values, weight, schedule)
+        total = self._total(micro_batches, measured.names, found.measured)
+        rates = {_group_name(i, group): float(group["lr"]) for i, group in enumerate(self.optimizer.param_groups)}
+        return StepMetrics(
+            loss=total.loss / weight if weight else math.nan,
+            weight=weight,
+            grad_norm=found.grad_norm,
+            learning_rates=rates,
+            update_ratios=found.sizes.ratios() if found.sizes and found.updated else {},
+            skipped=not found.updated,
+            measures=total.means() if weight else dict.fromkeys(total.measures, math.nan),
+        )
+
+    def _update(self, measured: Tensor, weight: float, schedule: StepSchedule) -> _Update:
+        """Reads loss and norm, and then updates or does not."""
         self._scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._grad_clip or float("inf"))
-        grad_norm = float(norm)
-        finite = bool(np.isfinite(total.loss) and np.isfinite(grad_norm))
-        updated = finite and weight > 0 and (schedule.max_loss is None or total.loss / weight <= schedule.max_loss)
+        grad_norm, losses = float(norm), measured.tolist()
+        loss = math.fsum(row[0] for row in losses)
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        updated = finite and weight > 0 and (schedule.max_loss is None or loss / weight <= schedule.max_loss)
         sizes = UpdateSizes(self._parameters_by_group()) if updated and schedule.measure_update else None
         if updated:
             self._updating = True
             with record_function("optimizer"):
                 self._scaler.step(self.optimizer)
         self._scaler.update()
-        rates = {_group_name(i, group): float(group["lr"]) for i, group in enumerate(self.optimizer.param_groups)}
-        return StepMetrics(
-            loss=total.loss / weight if weight else math.nan,
-            weight=weight,
-            grad_norm=grad_norm,
-            learning_rates=rates,
-            update_ratios=sizes.ratios() if sizes else {},
-            skipped=not updated,
-            measures=total.means() if weight else dict.fromkeys(total.measures, math.nan),
-        )
+        return _Update(measured=losses, grad_norm=grad_norm, updated=updated, sizes=sizes)
+
+    def _update_on_device(self, measured: Tensor, weight: float, schedule: StepSchedule) -> _Update:
+        """Lets the device decide whether the update counts, which works on while the host reads the numbers and goes on."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        loss = measured[:, 0].sum()
+        wanted = norm.isfinite() & loss.isfinite() & (weight > 0)
+        if schedule.max_loss is not None:
+            wanted &= loss <= schedule.max_loss * weight
+        numbers = _Later(torch.cat((torch.stack((norm, wanted)), measured.flatten())))
+        sizes = UpdateSizes(self._parameters_by_group()) if schedule.measure_update else None
+        optimizer: Any = self.optimizer
+        optimizer.found_inf = (~wanted).float()
+        optimizer.grad_scale = ((norm + 1e-6) / self._grad_clip).clamp(min=1.0) if self._grad_clip else None
+        self._updating = True
+        try:
+            with record_function("optimizer"):
+                optimizer.step()
+        finally:
+            optimizer.found_inf = optimizer.grad_scale = None
+        grad_norm, updated, *values = numbers.read()
+        rows = torch.tensor(values).view(measured.shape).tolist()
+        return _Update(measured=rows, grad_norm=grad_norm, updated=bool(updated), sizes=sizes)
 
     def explain(self, micro_batches: Sequence[Batch], *, schedule: StepSchedule) -> str | None:
         """Where the first number that is not finite comes from when a step is done again, uncompiled and without an update."""
         weight = float(sum(self._loss.weight(batch) for batch in micro_batches))
         compiled, loss = self._logprobs, self._loss
         self._logprobs, self._loss = self.model.token_logprobs, CheckedLoss(loss)  # type: ignore[assignment]
+
+        def again() -> None:
+            self._accumulate(micro_batches, weight, number=schedule.number)
+
         try:
-            return first_anomaly(
-                self.model, lambda: self._accumulate(micro_batches, weight, number=schedule.number) and None
-            )
+            return first_anomaly(self.model, again)
         finally:
             self._logprobs, self._loss = compiled, loss
             self.optimizer.zero_grad(set_to_none=True)
@@ -221,7 +295,8 @@ class TorchStep:
 
         def sums() -> LossSum:
             with self._without_update():
-                return self._sums(batch, *self._batch_loss(batch, self._neutral(batch)))
+                measured = _sums([self._batch_loss(batch, self._neutral(batch))])
+            return self._total([batch], measured.names, measured.values.tolist())
 
         return self._guarded(sums)
 
@@ -313,9 +388,10 @@ class TorchStep:
             if schedule.momentum is not None and "momentum" in group:
                 group["momentum"] = schedule.momentum
 
-    def _accumulate(self, micro_batches: Sequence[Batch], weight: float, *, number: int) -> LossSum:
+    def _accumulate(self, micro_batches: Sequence[Batch], weight: float, *, number: int) -> _Sums:
+        """Gradients of all micro-batches, and what was measured on each."""
         self.optimizer.zero_grad(set_to_none=True)
-        total = LossSum()
+        found = []
         first_row = 0
         for batch in micro_batches:
             draws = self._draws(batch, step=number, first_row=first_row) if self._draws else {}
@@ -324,8 +400,8 @@ class TorchStep:
                 loss, measures = self._batch_loss(batch, draws)
             with record_function("backward"):
                 self._scaler.scale(loss / weight).backward()
-            total += self._sums(batch, loss, measures)
-        return total
+            found.append((loss.detach(), measures))  # with its graph, it would keep the activations
+        return _sums(found)
 
     def _neutral(self, batch: Batch) -> dict[str, np.ndarray]:
         """A compiled model keeps its training graph in an evaluation, with the arguments that it has there."""
@@ -349,19 +425,25 @@ class TorchStep:
         with self._autocast():
             return self._logprobs(tensors.pop("tokens"), tensors.pop("targets"), **tensors)
 
-    def _sums(self, batch: Batch, loss: Tensor, measures: dict[str, Tensor]) -> LossSum:
-        """Everything that was measured, in one transfer from the device."""
-        values = torch.stack([loss.detach(), *measures.values()]).tolist()
-        return LossSum(
-            loss=values[0], weight=self._loss.weight(batch), measures=dict(zip(measures, values[1:], strict=True))
-        )
+    def _total(
+        self, micro_batches: Sequence[Batch], names: Sequence[str], measured: Sequence[Sequence[float]]
+    ) -> LossSum:
+        """The sum over the micro-batches of their losses and of the measures of these names."""
+        total = LossSum()
+        for batch, (loss, *others) in zip(micro_batches, measured, strict=True):
+            sums = dict(zip(names, others, strict=True))
+            total += LossSum(loss=loss, weight=self._loss.weight(batch), measures=sums)
+        return total
 
     def _without_update(self) -> AbstractContextManager[Any]:
         """A compiled model keeps its training graph: without gradients it would be compiled a second time."""
         return torch.set_grad_enabled(self.compiled)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)  # other memory would wait for the update before
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision == torch.float32:
@@ -392,6 +474,11 @@ class TorchStep:
             tensors["loss_scale"] = torch.tensor(float(state["scale"]))
             tensors["growth_tracker"] = torch.tensor(int(state["_growth_tracker"]))
         return tensors
+
+
+def _sums(found: Sequence[tuple[Tensor, dict[str, Tensor]]]) -> _Sums:
+    rows = [torch.stack([loss.detach(), *measures.values()]) for loss, measures in found]
+    return _Sums(tuple(found[0][1]), torch.stack(rows))
 
 
 def _group_name(index: int, group: dict[str, Any]) -> str:

@@ -1,0 +1,261 @@
+"""Tokens a second and memory of training on a CUDA GPU, beside transformers' Llama of the same shape, in one run.
+
+    python benchmarks/cuda_training.py 4096:16:muon 4096:16:adamw 4096:1:muon:checkpointing --json cuda_training.jsonl --markdown table.md
+
+A job is `context:batch:optimizer`, with `:checkpointing` if each block keeps its input alone. Both sides make whole optimizer steps on the
+same random tokens, compiled, matrix products in bfloat16, weights, gradients and optimizer state in float32:
+
+* ours is the trainer's own step: clipping included, and the loss read after every step; `muon` is this project's optimizer, and so is
+  `adamw`, with every parameter in its AdamW half;
+* theirs is transformers' Llama with PyTorch's cross entropy of whole logits, no clipping, nothing read; `muon` is `torch.optim.Muon` for
+  the blocks' matrices with fused AdamW for the rest, `adamw` is fused AdamW.
+
+Each side has a process of its own. Time is the median over the steps of all rounds, after those that compile, each ended by a
+synchronisation; memory is the allocator's peak over these steps. The utilisation is that of the model's own operations, 6 for each weight
+of a matrix and token plus causal attention's, against the rate of bfloat16 products of 8192 x 8192 in the same run; what is computed again
+is not counted. The default shape is the reference model of 137.8 million parameters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from anarcho_model import ModelConfig
+from anarcho_model.torch import GPT
+from anarcho_optim import OptimConfig
+from anarcho_optim.torch import MuonAdamW, param_groups
+from anarcho_train import StepSchedule, TrainConfig
+from anarcho_train.steps.torch import TorchStep
+
+WARM_STEPS = 4
+"""The first compiles, the second meets the gradients' first addresses, the others fill the allocator."""
+CEILING_SIZE = 8192
+SIDES = ("ours", "transformers")
+
+Step = Callable[[], Any]
+"""Makes one optimizer step; the device may still be at work when it returns."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A batch as the trainer reads it."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+    positions: None = None
+    segments: None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one line of the table measures."""
+
+    context: int
+    batch: int
+    optimizer: str
+    checkpointing: bool
+
+    @classmethod
+    def parse(cls, text: str) -> Job:
+        """From `context:batch:optimizer[:checkpointing]`; raises ValueError for anything else."""
+        context, batch, optimizer, *rest = text.split(":")
+        if optimizer not in ("muon", "adamw") or rest not in ([], ["checkpointing"]):
+            raise ValueError(
+                f"the job is {text}, expected context:batch:muon or context:batch:adamw, or :checkpointing after it"
+            )
+        return cls(int(context), int(batch), optimizer, bool(rest))
+
+
+def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
+    """Measure every job that was asked for; the rows that were written are returned, too."""
+    options = _options(arguments)
+    ceiling = _in_process(_ceiling, options.device)
+    rows = []
+    for text in options.jobs:
+        job = Job.parse(text)
+        rows.append({"job": text, "ceiling TFLOP/s": round(ceiling / 1e12, 1), **_measure(job, ceiling, options)})
+        print(json.dumps(rows[-1]), flush=True)
+    if options.json:
+        options.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = _table(rows)
+    print(table)
+    if options.markdown:
+        options.markdown.write_text(table)
+    return rows
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("jobs", nargs="+", metavar="context:batch:optimizer[:checkpointing]")
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--dim", type=int, default=768)
+    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--narrow-residual", action="store_true", help="ours keeps the residual stream in bfloat16")
+    parser.add_argument("--compile", choices=("on", "off"), default="on", help="of both sides")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
+    parser.add_argument("--steps", type=int, default=10, help="timed steps of a round")
+    parser.add_argument("--rounds", type=int, default=1, help="how often the sides follow each other")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--json", type=Path, help="write one line for each job to this file")
+    parser.add_argument("--markdown", type=Path, help="write the table to this file")
+    return parser.parse_args(arguments)
+
+
+def _measure(job: Job, ceiling: float, options: argparse.Namespace) -> dict[str, Any]:
+    seconds: dict[str, list[float]] = {side: [] for side in options.sides}
+    row: dict[str, Any] = {}
+    config = _config(job, options)
+    for _ in range(options.rounds):
+        for side in options.sides:
+            found = _in_process(_measure_side, side, job, config, options)
+            seconds[side] += found.pop("seconds")
+            row |= {f"{side}: {key}": value for key, value in found.items()}
+    for side, times in seconds.items():
+        rate = job.batch * job.context / statistics.median(times)
+        row[f"{side}: tokens/s"] = round(rate)
+        row[f"{side}: utilisation"] = round(rate * _flops_per_token(config) / ceiling, 3)
+    if len(options.sides) == 2:
+        row["speed ratio"] = round(row["ours: tokens/s"] / row["transformers: tokens/s"], 2)
+        row["memory ratio"] = round(row["ours: GB"] / max(row["transformers: GB"], 1e-9), 2)
+    return row
+
+
+def _in_process(function: Callable[..., Any], *args: Any) -> Any:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *args).result()
+
+
+def _ceiling(device: str) -> float:
+    """Floating-point operations a second of a large bfloat16 product, the median of ten."""
+    size = CEILING_SIZE if device == "cuda" else 256
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / statistics.median(_timed(lambda: a @ b, device, 10, warm=3))
+
+
+def _config(job: Job, options: argparse.Namespace) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=options.vocabulary,
+        context_length=job.context,
+        num_layers=options.layers,
+        dim=options.dim,
+        num_heads=options.heads,
+    )
+
+
+def _flops_per_token(config: ModelConfig) -> float:
+    matrices = config.num_parameters - (2 * config.num_layers + 1) * config.dim
+    return 6 * matrices + 6 * config.num_layers * config.dim * config.context_length
+
+
+def _measure_side(side: str, job: Job, config: ModelConfig, options: argparse.Namespace) -> dict[str, Any]:
+    """One round of one side, in the process that calls it."""
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (job.batch, job.context + 1), dtype=np.int32)
+    step = (_our_step if side == "ours" else _their_step)(job, config, ids, options)
+    start = time.perf_counter()
+    _timed(step, options.device, WARM_STEPS)
+    warm = time.perf_counter() - start
+    if options.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = _timed(step, options.device, options.steps)
+    peak = torch.cuda.max_memory_allocated() if options.device == "cuda" else 0
+    return {"seconds": seconds, "warm s": round(warm, 1), "GB": round(peak / 1e9, 3)}
+
+
+def _timed(step: Step, device: str, number: int, *, warm: int = 0) -> list[float]:
+    """Seconds of each step, between synchronisations."""
+    seconds = []
+    for index in range(warm + number):
+        start = time.perf_counter()
+        step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        if index >= warm:
+            seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def _our_step(job: Job, config: ModelConfig, ids: np.ndarray, options: argparse.Namespace) -> Step:
+    model = GPT(config)
+    model.init_weights(seed=0)
+    model.to(options.device)
+    model.gradient_checkpointing, model.narrow_residual = job.checkpointing, options.narrow_residual
+    groups = param_groups(model, config=OptimConfig(lr=1e-3, adamw_lr=1e-4))
+    if job.optimizer == "adamw":
+        groups = [{"params": list(model.named_parameters()), "algorithm": "adamw", "lr": 1e-4, "name": "all"}]
+    trainer = TorchStep(
+        model,
+        MuonAdamW(groups),
+        config=TrainConfig(precision="bfloat16", compile=options.compile),
+        save_model=lambda model, directory: None,
+        load_model=lambda model, directory: None,
+    )
+    batch = Tokens(ids[:, :-1], ids[:, 1:], np.ones(ids[:, 1:].shape, dtype=np.float32))
+    return lambda: trainer.train([batch], schedule=StepSchedule(lr_scale=1.0))
+
+
+def _their_step(job: Job, config: ModelConfig, ids: np.ndarray, options: argparse.Namespace) -> Step:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.dim,
+            intermediate_size=config.ffn_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            max_position_embeddings=config.context_length,
+            tie_word_embeddings=True,
+            attn_implementation="sdpa",
+            use_cache=False,
+        )
+    ).to(options.device)
+    if job.checkpointing:
+        model.gradient_checkpointing_enable()
+    model.train()
+    optimizers = _their_optimizers(model, job.optimizer)
+    tokens = torch.from_numpy(ids.astype(np.int64)).to(options.device)
+    called = torch.compile(model, dynamic=False) if options.compile == "on" else model
+
+    def step() -> None:
+        with torch.autocast(options.device, dtype=torch.bfloat16):
+            logits = called(input_ids=tokens[:, :-1]).logits
+        torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].reshape(-1)).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
+def _their_optimizers(model: torch.nn.Module, name: str) -> list[torch.optim.Optimizer]:
+    if name == "adamw":
+        return [torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)]
+    matrices, others = [], []
+    for key, parameter in model.named_parameters():
+        is_matrix = parameter.ndim == 2 and "embed" not in key and "lm_head" not in key
+        (matrices if is_matrix else others).append(parameter)
+    return [torch.optim.Muon(matrices, lr=1e-3), torch.optim.AdamW(others, lr=1e-4, fused=True)]
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    keys = [key for key in rows[0] if not key.endswith("warm s")]
+    lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
+    lines += ["| " + " | ".join(str(row.get(key, "")) for key in keys) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
