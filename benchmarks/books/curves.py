@@ -37,7 +37,7 @@ def read_records(files: list[Path]) -> list[Record]:
 def table(records: list[Record]) -> str:
     """A Markdown table of the last evaluations, on the whole validation text, the best first."""
     rows = [
-        "| job | bits per byte | averaged | steps | seconds | tokens/s | peak memory |",
+        "| job | bits per byte | averaged | steps | seconds | tokens/s | peak memory of the process |",
         "|---|---|---|---|---|---|---|",
     ]
     ends = [r for r in records if r["kind"] == "end"]

@@ -64,6 +64,19 @@ def _train(data: Path, output: Path, *jobs: str, tokens: int | None = None) -> l
     return [json.loads(line) for line in output.read_text("utf-8").splitlines()]
 
 
+def test_compressed_files_hold_the_same_tokens(data: Path) -> None:
+    sources = [f"--{name}={data.parent / file}" for name, file in SOURCES.items()]
+    plain = data.parent / "plain"
+    _main("prepare", *sources, f"--folder={plain}")
+    from books.data import load
+
+    for part in ("train", "validation"):
+        one, other = (getattr(load(folder), part) for folder in (data, plain))
+        assert (one.num_tokens, one.num_bytes) == (other.num_tokens, other.num_bytes)
+        pairs = zip(one.batches(4, length=CONTEXT), other.batches(4, length=CONTEXT), strict=True)
+        assert all((a.tokens == b.tokens).all() and (a.targets == b.targets).all() for a, b in pairs)
+
+
 def test_bits_per_byte_are_the_information_of_all_tokens_over_the_bytes_of_the_texts(
     data: Path, tmp_path: Path, texts: list[str], tokenizer: Tokenizer
 ) -> None:
