@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ SMALL = {
     "sample.max_new_tokens": 8,
 }
 """The quickstart model in a run of seconds: two sequences a step, six steps."""
+
+LIGHT = "mlx" if find_spec("mlx") else "torch"
+"""The framework that loads in a fraction of a second where it is installed: for what both do alike, in a process for each run."""
 
 
 def settings(values: dict[str, Any]) -> list[str]:
@@ -58,11 +62,3 @@ def anarcho() -> Run:
         return result
 
     return run
-
-
-@pytest.fixture(scope="session")
-def finished_run(anarcho: Run, small_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small run that nothing interrupted."""
-    directory = tmp_path_factory.mktemp("finished")
-    result = anarcho("pretrain", "--data", small_text, "--device", "cpu", *settings(SMALL), cwd=directory)
-    return directory / result.stdout.strip()

@@ -22,13 +22,15 @@ import psutil
 import pytest
 from anarcho_tokenize.corpus import embedded_rows
 
+from .conftest import LIGHT
+
 WHOLE_CHAIN = "ANARCHO_PIPELINE_KILLS" in os.environ
 KILLS = int(os.environ.get("ANARCHO_PIPELINE_KILLS", "1"))
 SEED = int(os.environ.get("ANARCHO_PIPELINE_SEED", "0"))
 PATIENCE_SECONDS = 120
 
 STEPS = "set.train = { steps = 4, batch_tokens = 256, micro_batch = 1, eval_every = 2, checkpoint_every = 1, log_every = 1 }"
-SMALL = f"options.device = 'cpu'\nset.sample.max_new_tokens = 2\nset.optim.warmup_steps = 1\n{STEPS}\n"
+SMALL = f"options.backend = '{LIGHT}'\noptions.device = 'cpu'\nset.sample.max_new_tokens = 2\nset.optim.warmup_steps = 1\n{STEPS}\n"
 CHAIN = f"""
 [[stage]]
 name = "vocabulary"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
 from anarcho_cli.config import load
+from anarcho_cli.main import app
 from anarcho_cli.models import find_model
 from anarcho_cli.writing import Writer
 from anarcho_model.generate.sampling import SamplingConfig
@@ -18,8 +20,25 @@ from anarcho_tokenize import Tokenizer, TokenShards
 from anarcho_train import CheckpointStore
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
-from .conftest import SMALL, settings
+from .conftest import LIGHT, SMALL, settings
+
+
+@pytest.fixture(scope="module")
+def finished(anarcho, small_text, tmp_path_factory) -> tuple[Path, CompletedProcess]:
+    """A folder, and what the command said that made a small run in it."""
+    folder = tmp_path_factory.mktemp("finished")
+    values = SMALL | {"data.validation_fraction": 0.02}
+    options = ["--data", small_text, "--name", "chained", "--device", "cpu", *settings(values)]
+    return folder, anarcho("pretrain", *options, cwd=folder)
+
+
+@pytest.fixture(scope="module")
+def finished_run(finished) -> Path:
+    """A small run that nothing interrupted."""
+    folder, _ = finished
+    return folder / "runs" / "chained"
 
 
 def test_a_run_leaves_everything_that_it_promises(finished_run):
@@ -77,19 +96,17 @@ def test_transformers_reads_a_checkpoint_as_it_is_and_agrees_on_logits_and_text(
     assert tokenizer.decode(generated, skip_special_tokens=True) == completion.text
 
 
-def test_the_command_writes_a_text_with_the_model_that_it_trained(anarcho, finished_run):
-    result = anarcho("generate", finished_run, "The whale", "--seed", "1", cwd=finished_run)
+def test_the_command_writes_a_text_with_the_model_that_it_trained(finished_run):
+    result = CliRunner().invoke(app, ["generate", str(finished_run), "The whale", "--seed", "1"])
+    assert result.exit_code == 0, result.output
     assert result.stdout.strip()
 
 
-def test_standard_output_is_the_run_directory_so_that_scripts_chain(anarcho, small_text, tmp_path):
-    values = {**SMALL, "train.steps": 1, "model.num_layers": 1, "monitor.tensorboard": "false"}
-    result = anarcho(
-        "pretrain", "--data", small_text, "--name", "chained", "--device", "cpu", *settings(values), cwd=tmp_path
-    )
+def test_standard_output_is_the_run_directory_so_that_scripts_chain(anarcho, small_text, finished):
+    folder, result = finished
     assert result.stdout == f"{Path('runs') / 'chained'}\n"
     assert "bits per byte" in result.stderr
-    again = anarcho("pretrain", "--data", small_text, "--name", "chained", "--device", "cpu", cwd=tmp_path, check=False)
+    again = anarcho("pretrain", "--data", small_text, "--name", "chained", "--device", "cpu", cwd=folder, check=False)
     assert again.returncode == 2
     assert "exists already" in again.stderr
     assert "Traceback" not in again.stderr
@@ -97,9 +114,8 @@ def test_standard_output_is_the_run_directory_so_that_scripts_chain(anarcho, sma
 
 def test_a_text_that_cannot_be_used_leaves_no_run_behind(anarcho, tmp_path):
     (tmp_path / "short.jsonl").write_text('{"text": "too short"}\n{"text": "for this"}\n')
-    result = anarcho(
-        "pretrain", "--data", "short.jsonl", "--device", "cpu", *settings(SMALL), cwd=tmp_path, check=False
-    )
+    options = ["--data", "short.jsonl", "--backend", LIGHT, "--device", "cpu", *settings(SMALL)]
+    result = anarcho("pretrain", *options, cwd=tmp_path, check=False)
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith("anarcho: error: ")
     assert "Traceback" not in result.stderr

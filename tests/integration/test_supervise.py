@@ -16,6 +16,8 @@ import pytest
 from anarcho_cli.supervision import Supervisor, child_arguments, resuming
 from anarcho_monitor import MetricsLog, read_metrics
 
+from .conftest import LIGHT
+
 CHILD = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -182,8 +184,7 @@ def test_a_real_run_that_is_killed_is_finished(tmp_path):
         "anarcho_cli",
         "pretrain",
         "--supervise",
-        "--device",
-        "cpu",
+        *("--backend", LIGHT, "--device", "cpu"),
         "--data",
         str(text),
     ]
