@@ -91,7 +91,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 @pytest.fixture(autouse=True)
-def healthy(server: Any) -> None:
+def healthy(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # It is true where a test of another file has had the library loaded offline before.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     server.drop_every_bytes, server.retry_after, server.has_ranges = None, None, True
     for failures in (server.failures, server.metadata_failures, server.gated, server.log):
         failures.clear()
