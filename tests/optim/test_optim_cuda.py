@@ -188,3 +188,11 @@ def test_a_gradient_scaler_skips_a_step_with_an_infinite_gradient():
     scaler.update()
     assert all(torch.equal(p, b) for p, b in zip(parameters, before, strict=True))
     assert scaler.get_scale() == 4.0
+
+
+def test_memory_for_fewer_matrices_at_once_gives_the_same_update() -> None:
+    whole = run(*make({}), 3)
+    for least in (1, 2**16):
+        parts = run(*make({}, cuda_scratch_bytes=least), 3)
+        for a, b in zip(whole, parts, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

@@ -13,7 +13,7 @@ SCRATCH_BYTES = 4 * BATCH_BYTES
 before and after a step, and the result."""
 
 CUDA_SCRATCH_BYTES = 2**30
-"""Upper bound of Muon's temporary memory on CUDA's fused path (unless one matrix needs more)."""
+"""Upper bound of Muon's temporary memory on CUDA's fused path, unless one matrix needs more, or the optimizer is given another."""
 
 
 def scratch_bytes(device_type: str, parameters: int) -> int:

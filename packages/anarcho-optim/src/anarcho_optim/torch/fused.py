@@ -4,7 +4,7 @@ Notable:
 
 * The parameters' addresses are one table in device memory, uploaded only when one of them changed; what schedules change is another. So
   nothing is stacked but the half-precision iterate, nothing recompiles, and a captured graph survives gradients that move.
-* All matrices of a shape, transposed or not, are one batch; its temporary memory is capped at `memory.CUDA_SCRATCH_BYTES`.
+* All matrices of a shape, transposed or not, are one batch; its temporary memory is capped.
 * Everything runs on one stream: what memory bounds, run beside the products on a second one, slowed these by as much as it saved.
 * Whether a step counts, and what its gradients are multiplied by, may be known on the device alone (`found_inf`, `grad_scale`).
 * What this path does not take (float32 iterations, DTensors, strided parameters, row equilibration) it leaves to the general one.
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from anarcho_optim.memory import CUDA_SCRATCH_BYTES
 from anarcho_optim.torch.newton_schulz import Products, iterate
 from anarcho_optim.torch.plan import (
     CONTROLS,
@@ -42,19 +43,24 @@ from anarcho_optim.torch.update import frobenius_factor, normuon_factors
 class FusedStep:
     """Runs the part of a step that the kernels take, and says what is left."""
 
-    def __init__(self, *, cuda_graph: bool, process_group: ProcessGroup | None) -> None:
+    def __init__(
+        self, *, cuda_graph: bool, process_group: ProcessGroup | None, scratch_bytes: int = CUDA_SCRATCH_BYTES
+    ) -> None:
         if cuda_graph and process_group is not None:
             raise ValueError("cuda_graph is True with a process_group; expected at most one of them")
-        self._cuda_graph = cuda_graph
+        self._cuda_graph, self._scratch_bytes = cuda_graph, scratch_bytes
         self.process_group = process_group
         self._key: Any = None
         self._plan: Plan | None = None
 
     def __deepcopy__(self, memo: Any) -> FusedStep:
-        return FusedStep(cuda_graph=self._cuda_graph, process_group=self.process_group)
+        return FusedStep(
+            cuda_graph=self._cuda_graph, process_group=self.process_group, scratch_bytes=self._scratch_bytes
+        )
 
     def __reduce__(self) -> Any:
-        return functools.partial(FusedStep, cuda_graph=self._cuda_graph, process_group=None), ()
+        settings = {"cuda_graph": self._cuda_graph, "process_group": None, "scratch_bytes": self._scratch_bytes}
+        return functools.partial(FusedStep, **settings), ()
 
     def step(
         self,
@@ -84,7 +90,7 @@ class FusedStep:
         )
         plan = self._plan
         if plan is None or key != self._key or not plan.holds(state):
-            plan = self._plan = build(groups, state)
+            plan = self._plan = build(groups, state, scratch_bytes=self._scratch_bytes)
             self._key = key
         if plan.parameters:
             with torch.cuda.device(plan.settings.device):

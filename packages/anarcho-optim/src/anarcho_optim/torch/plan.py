@@ -17,7 +17,6 @@ from torch import Tensor
 
 from anarcho_optim.coefficients import Variant, iteration
 from anarcho_optim.groups import Blocks, blocks
-from anarcho_optim.memory import CUDA_SCRATCH_BYTES
 from anarcho_optim.scaling import shape_scale
 from anarcho_optim.torch.newton_schulz import resolve_ns_dtype
 
@@ -177,7 +176,8 @@ def _takes(parameter: Tensor, group: Group, state: dict[str, Tensor], cut: Block
     return half and has_bfloat16 and not group["row_equilibration"]
 
 
-def build(groups: Sequence[Group], state: State) -> Plan:
+def build(groups: Sequence[Group], state: State, *, scratch_bytes: int) -> Plan:
+    """The plan of the parameters that have gradients; a batch of matrices takes at most `scratch_bytes`, unless one matrix does."""
     plan_parameters: list[Tensor] = []
     matrices: dict[tuple[Any, ...], list[Piece]] = {}
     vectors: dict[tuple[Any, ...], list[int]] = {}
@@ -209,7 +209,7 @@ def build(groups: Sequence[Group], state: State) -> Plan:
         kept=[value for p in plan_parameters for value in state[p].values()],
         entries=[state[p] for p in plan_parameters],
         matrices=sorted(
-            _matrix_batches(groups, matrices, plan_parameters, state),
+            _matrix_batches(groups, matrices, plan_parameters, state, scratch_bytes=scratch_bytes),
             key=lambda b: -len(b.pieces) * b.shape[0] * b.shape[1],
         ),
         vectors=list(_vector_batches(plan_parameters, vectors)),
@@ -223,11 +223,13 @@ def _matrix_batches(
     found: dict[tuple[Any, ...], list[Piece]],
     parameters: Sequence[Tensor],
     state: State,
+    *,
+    scratch_bytes: int,
 ) -> Iterator[MatrixBatch]:
     for (index, device, dtype, gradient_dtype, rows, columns), pieces in found.items():
         group = groups[index]
         # The iterate before and after a segment, and four square stacks, in half precision.
-        size = max(1, CUDA_SCRATCH_BYTES // (4 * rows * columns + 8 * rows * rows))
+        size = max(1, scratch_bytes // (4 * rows * columns + 8 * rows * rows))
         pieces = sorted(pieces, key=lambda piece: not piece.tall)
         for start in range(0, len(pieces), size):
             batch = pieces[start : start + size]
