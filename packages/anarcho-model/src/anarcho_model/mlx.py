@@ -26,7 +26,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from jaxtyping import Float, Int
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map_with_path
 
 from anarcho_model.config import InitConfig, ModelConfig
 from anarcho_model.errors import ContextError
@@ -142,6 +142,20 @@ class GPT(nn.Module):
     def named_parameters(self) -> dict[str, mx.array]:
         """Hugging Face's name of each parameter -> its array."""
         return dict(tree_flatten(self.parameters()))  # pyright: ignore[reportReturnType] - it may also flatten strings
+
+    def narrowed(self, parameters: dict) -> dict:
+        """The tree of trainable parameters as `token_logprobs` computes with them: the blocks' matrices in the compute dtype.
+
+        The gradient of a cast matrix is as exact as that of the matrix, and half as large; that of the output layer is a sum
+        over chunks, in float32. With gradient checkpointing each block casts its own again in backward, so nothing is cast.
+        """
+        if self.compute_dtype == mx.float32 or self.gradient_checkpointing:
+            return parameters
+        layers = self.model.named_modules()
+        linear = {f"model.{name}.weight" for name, module in layers if isinstance(module, nn.Linear)}
+        return tree_map_with_path(
+            lambda name, array: array.astype(self.compute_dtype) if name in linear else array, parameters
+        )
 
     def init_weights(self, *, seed: int, init: InitConfig | None = None) -> None:
         """Draw all weights anew; the same seed gives the same weights on every device, and those of PyTorch but for last bits.

@@ -1,9 +1,9 @@
 """The training step in MLX: compiled once per shape, accumulation by total weight, clipping, update, and an exact state on disk.
 
-Notable: weights, gradients and optimizer state are float32; only what the model computes inside is of the compute type. Gradients are
-evaluated after each micro-batch, so the memory of its activations is free before the next. A step whose gradient is not finite changes
-nothing. Whatever schedules change is an array, never a constant of a compiled function: `MlxStep.traces` stands still after every shape
-has been seen once.
+Notable: weights, sums of gradients and optimizer state are float32; only what the model computes inside is of the compute type. Each
+micro-batch is evaluated before the next, so that there are the activations of one. A step whose gradient is not finite changes nothing.
+Whatever schedules change is an array, never a constant of a compiled function: `MlxStep.traces` stands still after every shape has been
+seen once.
 
 The state on disk is that of `anarcho_train.steps.torch`: the model's files as the caller writes them, ``optimizer.safetensors`` with
 ``<parameter>.<state>`` and ``runtime.safetensors`` with the random generator and the loss scale. A run may go on with either.
@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -62,7 +62,9 @@ GENERATOR = "rng.mlx"
 class LanguageModel(Protocol):
     """What the step asks of a model besides being an `mlx.nn.Module`.
 
-    Where it also has an attribute ``compute_dtype``, the step sets it to the precision; a model without one runs in float32 alone.
+    Where it also has an attribute ``compute_dtype``, the step sets it to the precision; a model without one runs in float32 alone. Where it
+    has a method ``narrowed``, this is given the trainable parameters and returns them as the model computes with them, some perhaps cast:
+    then their gradients stay in that type until they are used.
     """
 
     def token_logprobs(
@@ -160,6 +162,7 @@ class MlxStep:
         self._ranks = ranks or MlxRanks()
         self._scale = LossScale() if self.precision == mx.float16 else None
         self._token_logprobs: Callable[..., mx.array] = model.token_logprobs  # type: ignore[assignment]
+        self._narrowed: Callable[[Any], Any] = getattr(model, "narrowed", lambda parameters: parameters)
         self._accepted = inspect.signature(self._token_logprobs).parameters
         optimizer.init(model.trainable_parameters())
         self._leaves_out = "where" in inspect.signature(optimizer.apply_gradients).parameters
@@ -182,26 +185,28 @@ class MlxStep:
         rates = self._apply(schedule)
         scale = self._scale.scale if self._scale else 1.0
         factor = scale / weight if weight else math.nan  # A step without any weight has no mean.
+        several = self._ranks.size > 1
         with agreed_memory(self._ranks):
             gradients, sums = self._accumulate(micro_batches, factor, number=schedule.number, first_row=first_row)
-            if self._ranks.size > 1:
+            if several:
                 mx.eval(gradients, sums)
         self._ranks.sum(gradients)
         norm = self._norm(gradients, mx.array(1 / scale))
-        several = self._ranks.size > 1
         # Several ranks must have told each other of their losses before any of them changes its weights.
         total = self._total(micro_batches, sums, weight) if several else LossSum()
         loss = mx.array(total.loss) if several else mx.stack([values["loss"] for values in sums]).sum()
         wanted = mx.isfinite(norm) & mx.isfinite(loss)
         if schedule.max_loss is not None:
             wanted = wanted & (loss <= schedule.max_loss * weight)
-        mx.async_eval(norm, wanted)
+        _submit_half(gradients)
         sizes = UpdateSizes(self.model, self._members) if schedule.measure_update else None
+        with self._put_back():
+            self._update(gradients, self._clipping(norm, scale), wanted)
+            mx.async_eval(norm, wanted, gradients)
+        del gradients  # Its memory serves what comes next.
         self._updating = True
         # A rank that is lost here is missed at the next exchange, when this step has been counted.
         with suppress(RankLost), agreed_memory(self._ranks):
-            self._update(gradients, self._clipping(norm, scale), wanted)
-            del gradients  # Its memory serves what comes next.
             mx.async_eval(self.model.parameters(), self.optimizer.state)
         # The numbers are there before the update is, which goes on while the next step is put together.
         grad_norm, updated = _number(norm), bool(_number(wanted))
@@ -306,6 +311,18 @@ class MlxStep:
         self._first_random.restore()
         mx.eval(self.model.parameters(), self.optimizer.state)
 
+    @contextmanager
+    def _put_back(self) -> Iterator[None]:
+        """Where this fails, weights and state are again what they were: an update may be put together before its gradients are there."""
+        places = [*leaves(self.model), *leaves(self.optimizer.state)]
+        before = [container[key] for _, container, key in places]
+        try:
+            yield
+        except Exception:
+            for (_, container, key), array in zip(places, before, strict=True):
+                container[key] = array
+            raise
+
     def _guarded(self, work: Callable[[], Any]) -> Any:
         random, self._updating = RandomState(), False
 
@@ -364,12 +381,12 @@ class MlxStep:
             return factor * loss, {"loss": loss, **measures}
 
         parameters = self.model.trainable_parameters()
+        self.model.update(self._narrowed(parameters))
         try:
             (_, sums), gradients = nn.value_and_grad(self.model, scaled_loss)()
         finally:
             self.model.update(parameters)  # Differentiation leaves its own placeholders in the model.
-        gradients = tree_map(lambda gradient: gradient.astype(mx.float32), gradients)
-        return sums, gradients if total is None else tree_map(mx.add, total, gradients)
+        return sums, gradients if total is None else tree_map(_wide_sum, total, gradients)
 
     def _batch_logprobs(self, inputs: dict[str, mx.array]) -> mx.array:
         others = {name: array for name, array in inputs.items() if name not in ("tokens", "targets")}
@@ -377,7 +394,7 @@ class MlxStep:
 
     def _apply_gradients(self, gradients: Any, factor: mx.array, wanted: mx.array) -> None:
         """The update with ``factor`` times the gradients; none where ``wanted`` is false."""
-        scaled = tree_map(lambda gradient: gradient * factor, gradients)
+        scaled = tree_map(lambda gradient: gradient.astype(mx.float32) * factor, gradients)
         weights = self.model.trainable_parameters()
         if self._leaves_out:
             self.model.update(self.optimizer.apply_gradients(scaled, weights, where=wanted))  # type: ignore[call-arg]
@@ -409,14 +426,16 @@ class MlxStep:
         gradients: Any = None
         measured: list[dict[str, mx.array]] = []
         for batch in micro_batches:
-            mx.eval(measured, gradients)  # The activations of one micro-batch are gone before those of the next come.
+            mx.async_eval(
+                measured, gradients
+            )  # One micro-batch after the other, or there would be the activations of all.
             arrays = _arrays(self._loss.arrays(batch))
             draws = self._draws(batch, step=number, first_row=first_row) if self._draws else {}
             first_row += len(batch.tokens)
             inputs = self._inputs(batch, draws)
             sums, gradients = self._function("gradients", inputs)(inputs, arrays, mx.array(factor), gradients)
             measured.append(sums)
-        mx.async_eval(measured, gradients)
+        mx.async_eval(measured)
         return gradients, measured
 
     def _logprobs(self, batch: Batch) -> mx.array:
@@ -473,8 +492,22 @@ def _set_precision(model: nn.Module, name: str, device: mx.Device) -> mx.Dtype:
 def _global_norm(gradients: Any, unscale: mx.array) -> mx.array:
     """The 2-norm of all gradients together, each multiplied by ``unscale`` first."""
     flat: dict[str, mx.array] = dict(tree_flatten(gradients))
-    squares = [mx.square(gradient).sum() for gradient in flat.values()]
+    squares = [mx.square(gradient.astype(mx.float32)).sum() for gradient in flat.values()]
     return mx.sqrt(mx.stack(squares).sum()) * unscale
+
+
+def _wide_sum(total: mx.array, gradient: mx.array) -> mx.array:
+    return total.astype(mx.float32) + gradient.astype(mx.float32)
+
+
+def _submit_half(gradients: Any) -> None:
+    """Hands over the part of backward that is done first.
+
+    MLX on CUDA returns from a submission when no more than ten pieces of it wait, about two milliseconds' worth. So what is put together
+    between two submissions is kept short: the forward pass, half of backward, its other half, and the update are submitted one by one.
+    """
+    flat = [gradient for _, gradient in tree_flatten(gradients)]
+    mx.async_eval(flat[len(flat) // 2 :])
 
 
 def _number(scalar: mx.array) -> float:
