@@ -44,7 +44,7 @@ CACHE_SHARE = 0.5
 def require_supported(config: RunConfig, device: str) -> None:
     """Refuses an arithmetic that the device does not have."""
     import mlx.core as mx
-    from anarcho_train.steps.mlx import resolve_precision
+    from anarcho_train.steps.mlx_settings import resolve_precision
 
     _use(device)
     resolve_precision(config.train.precision, mx.default_device())

@@ -35,6 +35,7 @@ from anarcho_train.steps.files import OPTIMIZER_FILE, RUNTIME_FILE
 from anarcho_train.steps.mlx_anomalies import first_anomaly
 from anarcho_train.steps.mlx_memory import RandomState, agreed_memory, is_whole
 from anarcho_train.steps.mlx_ranks import MlxRanks
+from anarcho_train.steps.mlx_settings import resolve_compile, resolve_precision
 from anarcho_train.steps.mlx_state import (
     generator_state,
     leaves,
@@ -49,9 +50,6 @@ from anarcho_train.steps.mlx_state import (
 )
 from anarcho_train.steps.mlx_updates import UpdateSizes, members
 from anarcho_train.steps.scaling import LossScale
-
-COMPILE_MIN_FLOPS = 1e12
-"""A CPU run of fewer floating-point operations ends sooner without compilation: at 10 GFLOP/s it takes about two minutes."""
 
 MAX_COMPILED_SHAPES = 64
 """Of so many shapes of batches compiled functions are kept, which MLX never lets go; batches of further shapes run uncompiled."""
@@ -93,28 +91,6 @@ class StageLoss(Protocol):
     def __call__(self, logprobs: mx.array, arrays: Mapping[str, mx.array]) -> tuple[mx.array, dict[str, mx.array]]:
         """From ``logprobs`` float32 (batch, length) the loss, a scalar with a gradient, and further measures, scalars without one."""
         ...
-
-
-def resolve_precision(name: str, device: mx.Device) -> mx.Dtype:
-    """The compute type: ``auto`` is bfloat16 on a GPU, Apple's or CUDA's, and float32 on the CPU."""
-    if name == "auto":
-        return mx.float32 if device == mx.cpu else mx.bfloat16
-    if name == "float16" and device == mx.cpu:
-        raise ValueError(
-            "train.precision is float16 on the CPU, where it is slow and loses range; use bfloat16, float32 or auto"
-        )
-    return {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}[name]
-
-
-def resolve_compile(name: str, device: mx.Device, *, flops: float) -> bool:
-    """Whether functions are compiled: ``auto`` compiles on a GPU, and on the CPU where the run, of ``flops`` operations, is long enough.
-
-    The answer depends on the configuration and the machine only, so that a resumed run decides alike. Without a C++ compiler, MLX
-    leaves the CPU's operations as they are by itself.
-    """
-    if name != "auto":
-        return name == "on"
-    return device != mx.cpu or flops >= COMPILE_MIN_FLOPS
 
 
 class MlxStep:
