@@ -1,4 +1,4 @@
-"""How a process knows that mlx.launch has started it with others, and what is refused before they meet."""
+"""How a process knows that mlx.launch or torchrun has started it with others, and what is refused before they meet."""
 
 from __future__ import annotations
 
@@ -39,10 +39,29 @@ def test_a_file_of_addresses_that_cannot_be_read_is_named(tmp_path):
         transport({"MLX_RANK": "0", "MLX_HOSTFILE": str(tmp_path / "missing.json")})
 
 
-def test_several_processes_with_pytorch_are_refused(hosts, monkeypatch):
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+def test_the_environment_of_torchrun_is_known_unless_it_names_one_process():
+    assert transport(TORCHRUN) == "torchrun"
+    assert transport(TORCHRUN | {"WORLD_SIZE": "1"}) is None
+    assert transport({"WORLD_SIZE": "2"}) is None, "without an address there is nobody to meet"
+
+
+def test_processes_that_another_frameworks_launcher_started_are_refused(hosts, monkeypatch):
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    with (
+        pytest.raises(LaunchError, match=r"over torchrun.*start them with mlx\.launch"),
+        connected(resolve(), backend="mlx"),
+    ):
+        pass
     monkeypatch.setenv("MLX_RANK", "0")
     monkeypatch.setenv("MLX_HOSTFILE", hosts(2))
-    with pytest.raises(LaunchError, match="the back-end torch trains in one"), connected(resolve(), backend="torch"):
+    with (
+        pytest.raises(LaunchError, match=r"over ring.*start them with torchrun"),
+        connected(resolve(), backend="torch"),
+    ):
         pass
 
 

@@ -34,5 +34,5 @@ def begin(run_directory: Path, config: RunConfig, *, backend: str, device: str, 
     """An attempt that these processes can make together; raises what says why they cannot."""
     attempt = Attempt(run_directory=run_directory, framework=back_end(backend), device=device, ranks=ranks)
     attempt.framework.require_supported(config, device)
-    require_together(config, ranks)
+    require_together(config, ranks, framework=backend, device=device)
     return attempt

@@ -54,7 +54,8 @@ class CommandGroup(TyperGroup):
 
 def _place() -> str:
     """Which of several processes it is that says something, unless it is the first."""
-    rank = os.environ.get("MLX_RANK", "0")
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    rank = os.environ.get("MLX_RANK") or ("0" if alone else os.environ.get("RANK", "0"))
     return "" if rank == "0" else f"rank {rank}: "
 
 

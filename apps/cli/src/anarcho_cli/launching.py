@@ -1,6 +1,6 @@
-"""One process of a training over several, as `mlx.launch` starts them: how it knows of the others, and how all of them end.
+"""One process of a training over several, as `mlx.launch` or torchrun starts them: how it knows of the others, and how all of them end.
 
-Notable: rank 0 alone speaks, writes and holds the run's lock; the others print nothing but what went wrong with them. `mlx.launch` ends
+Notable: rank 0 alone speaks, writes and holds the run's lock; the others print nothing but what went wrong with them. Both launchers end
 all others as soon as one has ended badly, so they end together, after rank 0 has said what there is to say. A process that has lost another
 one ends with a status of its own, and without waiting for a thread that may never return.
 """
@@ -33,6 +33,11 @@ LEAVING_SECONDS = 60.0
 LATER_SECONDS = 1.0
 """What the first process has to end before the others do."""
 
+TORCHRUN = "torchrun"
+"""What connects the processes of torchrun, as `transport` calls it."""
+
+_RENDEZVOUS = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+_LAUNCHED = {"mlx": "mlx.launch", "torch": "torchrun"}
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
@@ -41,13 +46,15 @@ class LaunchError(ValueError):
 
 
 def transport(environ: Mapping[str, str]) -> str | None:
-    """What connects this process with the others of its run, in MLX's words; None where it is alone."""
+    """What connects this process with the others of its run, `torchrun` or in MLX's words; None where it is alone."""
     if environ.get("MLX_JACCL_COORDINATOR") and environ.get("MLX_IBV_DEVICES"):
         return "jaccl"
     if _number(environ.get("MLX_WORLD_SIZE")) > 1:
         return "nccl"
     if environ.get("MLX_HOSTFILE") and "MLX_RANK" in environ:
         return "ring" if _listed(environ["MLX_HOSTFILE"]) > 1 else None
+    if _number(environ.get("WORLD_SIZE")) > 1 and all(environ.get(name) for name in _RENDEZVOUS):
+        return TORCHRUN
     return "mpi" if any(_number(environ.get(name)) > 1 for name in _MPI_SIZES) else None
 
 
@@ -60,13 +67,12 @@ def connected(config: RunConfig, *, backend: str) -> Iterator[Ranks]:
     if kind is None:
         yield Alone()
         return
-    if backend != "mlx":
+    if backend != ("torch" if kind == TORCHRUN else "mlx"):
         raise LaunchError(
-            f"several processes were started, but the back-end {backend} trains in one; expected --backend mlx, or one process"
+            f"several processes were started over {kind}, which does not connect those of the back-end {backend}; start them with "
+            f"{_LAUNCHED[backend]}, or one alone"
         )
-    from anarcho_cli.back_ends import mlx
-
-    ranks = mlx.connect(kind, timeout_seconds=config.train.rank_timeout_seconds)
+    ranks = _connect(kind, timeout_seconds=config.train.rank_timeout_seconds)
     try:
         with _silent(unless=ranks.rank == 0):
             yield ranks
@@ -83,8 +89,18 @@ def connected(config: RunConfig, *, backend: str) -> Iterator[Ranks]:
         at_end.append(lambda: _leave_together(ranks))
 
 
+def _connect(kind: str, *, timeout_seconds: float) -> Ranks:
+    if kind == TORCHRUN:
+        from anarcho_cli.back_ends import torch_processes
+
+        return torch_processes.connect(timeout_seconds=timeout_seconds)
+    from anarcho_cli.back_ends import mlx
+
+    return mlx.connect(kind, timeout_seconds=timeout_seconds)
+
+
 def _leave_together(ranks: Ranks, *, badly: bool = False) -> None:
-    """Waits for the others, of which one may be gone already; those that end badly leave after the first, which mlx.launch would end."""
+    """Waits for the others, of which one may be gone already; those that end badly leave after the first, which launchers would end."""
     from anarcho_train import RankLost
 
     with suppress(RankLost):

@@ -52,6 +52,7 @@ _SAFE = {
         "log_every",
         "micro_batch",
         "gradient_checkpointing",
+        "strategy",
         "rank_timeout_seconds",
     ),
     "recovery": ("max_skips", "max_rollbacks", "max_failed_saves", "max_restarts"),

@@ -23,6 +23,7 @@ from anarcho_train import Ranks, RanksDiffer, after_first, lock_run, require_equ
 from anarcho_cli import config as configuration
 from anarcho_cli.config import RunConfig
 from anarcho_cli.data import samples_per_step
+from anarcho_cli.devices import FRAMEWORKS, Backend
 from anarcho_cli.errors import RANK_LOST
 from anarcho_cli.run_directory import locked
 
@@ -37,14 +38,15 @@ _INHERIT_SECONDS = 2.0
 _PACKAGES = ("anarcho-tokenize", "anarcho-model", "anarcho-optim", "anarcho-train", "anarcho-monitor", "anarcho-cli")
 
 
-def require_together(config: RunConfig, ranks: Ranks) -> None:
+def require_together(config: RunConfig, ranks: Ranks, *, framework: str, device: str) -> None:
     """Refuses processes that cannot train together, before anything is written; raises `RanksDiffer`."""
     if ranks.size == 1:
         return
     facts = {
         "the configuration": configuration.dumps(config),
         "the versions of the packages": " ".join(version(name) for name in _PACKAGES),
-        "the version of MLX": version("mlx"),
+        f"the version of {FRAMEWORKS[Backend(framework)]}": version(framework),
+        "the device": device,
     }
     require_equal(ranks, facts)
     share(samples_per_step(config), ranks)

@@ -182,5 +182,5 @@ def supervise_resumed(path: Path, *, overrides: Sequence[str]) -> NoReturn:
 def _require_alone() -> None:
     if transport(os.environ) is not None:
         raise RunError(
-            "--supervise was given to each of several processes, which mlx.launch starts and ends together; start them again without it"
+            "--supervise was given to each of several processes, which their launcher starts and ends together; start them again without it"
         )

@@ -67,6 +67,10 @@ class TrainConfig:
     """Noise on the embeddings while a model is tuned on conversations (NEFTune), usually 5 to 15; 0 adds none.
 
     It is uniform in `±alpha / sqrt(L * dim)`, for conversations of L tokens."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """How several processes of PyTorch share the model: `ddp` has it whole in each, `fsdp` a shard of every weight and of its state.
+
+    `auto` is `ddp` where weights, gradients and optimizer state fit each device."""
     rank_timeout_seconds: float = 600.0
     """How long a process of several waits for an answer of the others before it takes them for lost, saves and ends; in seconds."""
 
@@ -102,7 +106,11 @@ class TrainConfig:
             raise ValueError(
                 f"train.rank_timeout_seconds is {self.rank_timeout_seconds}; expected a positive number of seconds"
             )
-        choices = {"precision": ("auto", "float32", "bfloat16", "float16"), "compile": ("auto", "on", "off")}
+        choices = {
+            "precision": ("auto", "float32", "bfloat16", "float16"),
+            "compile": ("auto", "on", "off"),
+            "strategy": ("auto", "ddp", "fsdp"),
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"train.{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")

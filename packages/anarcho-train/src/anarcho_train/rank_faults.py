@@ -23,7 +23,7 @@ class RankFaults:
         checkpoints that it does not know.
         """
         loop = self._loop
-        if not loop.progress.whole or not loop.inherits():
+        if error.torn or not loop.progress.whole or not loop.inherits():
             return "this process saves nothing"
         if loop.ranks.rank and self._newest_written() != (loop.progress.saved_step or 0):
             return "others have gone on with it already"

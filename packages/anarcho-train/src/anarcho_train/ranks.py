@@ -27,6 +27,9 @@ _STATES = ("ready", "waiting", "ended", "failed")
 class RankLost(ConnectionError):
     """Another process of the run has ended or cannot be reached any more."""
 
+    torn: bool = False
+    """Whether this one holds no state that could be saved: it was lost with the other, or within an update."""
+
 
 class RanksDiffer(ValueError):
     """The processes of a run cannot train together; every one of them raises it, with the same sentence."""

@@ -12,7 +12,9 @@ from anarcho_tokenize import AnyTokenizer
 
 from anarcho_cli.back_ends.run_model import RunModel
 from anarcho_cli.back_ends.settings import require_fitting, training_draws
+from anarcho_cli.back_ends.torch_processes import require_devices, shared_out
 from anarcho_cli.config import RunConfig
+from anarcho_cli.freed_memory import return_freed_memory
 from anarcho_cli.output import note
 
 if TYPE_CHECKING:
@@ -30,11 +32,15 @@ def require_supported(config: RunConfig, device: str) -> None:
     import torch
     from anarcho_train.steps.torch import resolve_precision
 
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        require_devices(device)
     resolve_precision(config.train.precision, torch.device(device))
 
 
 def limit_memory(device: str) -> None:
-    """PyTorch ends what exceeds its device by itself."""
+    """On a CPU, makes freed memory go back to the system; what exceeds its device PyTorch ends by itself."""
+    if device == "cpu":
+        return_freed_memory()
 
 
 def make_step(
@@ -49,16 +55,21 @@ def make_step(
     from anarcho_optim.torch import MuonAdamW, param_groups
     from anarcho_train.losses.torch_preference import PreferenceLoss
     from anarcho_train.steps.torch import TorchStep
+    from anarcho_train.steps.torch_ranks import TorchRanks
 
     require_fitting(config, tokenizer)
     torch.manual_seed(config.train.seed)  # Nothing is drawn from it; but checkpoints hold it, and are to be equal.
     model = GPT(config.model)
     own = RunModel(config=config, tokenizer=tokenizer, base=base, weights=weights, lora=lora, peft=peft)
     own.prepare(model)
-    model.to(device)
+    ranks = ranks if isinstance(ranks, TorchRanks) else TorchRanks()
+    shards = shared_out(model, config, ranks, device=device) if ranks.size > 1 else None
+    if shards is None:
+        model.to(device)
+        ranks.join_devices(next(model.parameters()).device)
     return TorchStep(
         model,
-        MuonAdamW(own.groups(model, routing=param_groups)),
+        MuonAdamW(own.groups(model, routing=param_groups), process_group=None if shards else ranks.computing),
         config=config.train,
         loss=PreferenceLoss(config.preference) if config.data.kind == "preference" else None,
         draws=training_draws(config),
@@ -66,17 +77,21 @@ def make_step(
         load_model=own.load,
         begin=_beginning(model, own),
         flops=config.flops_per_token * config.total_tokens,
+        ranks=ranks,
+        shards=shards,
         notify=note,
     )
 
 
 def generate(step: TrainingStep, prompt: Sequence[int], *, config: SamplingConfig) -> Iterator[int]:
-    """As `BackEnd.generate`; an adapter is merged for good."""
+    """As `BackEnd.generate`; an adapter is merged for good. Of a model in shards, a copy on the CPU writes."""
     from anarcho_model.generate.torch import generate as continuation
     from anarcho_model.lora.torch import merge_adapter
+    from anarcho_train.steps.torch import TorchStep
 
-    merge_adapter(step.model)
-    return continuation(step.model, prompt, config=config)
+    model: Any = step.whole_model() if isinstance(step, TorchStep) else step.model
+    merge_adapter(model)
+    return continuation(model, prompt, config=config)
 
 
 def gauges(step: TrainingStep, device: str) -> Mapping[str, float]:

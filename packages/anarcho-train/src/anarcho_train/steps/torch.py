@@ -2,7 +2,7 @@
 
 Notable: weights, gradients and optimizer state are float32; only matrix products run in the compute type. A step whose gradient is not
 finite changes nothing; on CUDA the device decides that, with an optimizer that takes ``found_inf`` and ``grad_scale`` as torch's fused ones
-do, so that it never waits for the host.
+do, so that it never waits for the host. With several processes all of that is decided from sums over all of them, by each alike.
 
 The state on disk is safetensors under parameter names, so it depends neither on this class nor on the order of parameters: the model's
 files as the caller writes them, ``optimizer.safetensors`` with ``<parameter>.<state>`` and ``runtime.safetensors`` with the random
@@ -16,11 +16,12 @@ import os
 import platform
 import shutil
 import sysconfig
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -32,18 +33,27 @@ from torch.profiler import record_function
 from anarcho_train.config import TrainConfig
 from anarcho_train.interfaces import Draws
 from anarcho_train.losses.torch import NextTokenLoss, answer_logprobs
-from anarcho_train.out_of_memory import guarded
+from anarcho_train.out_of_memory import guarded, is_out_of_memory, reason
 from anarcho_train.step import Batch, LossSum, StepMetrics, StepSchedule
 from anarcho_train.steps.files import OPTIMIZER_FILE, RUNTIME_FILE
 from anarcho_train.steps.torch_anomalies import CheckedLoss, first_anomaly
 from anarcho_train.steps.torch_memory import RandomState, empty_caches, forget_updates, host_copy
+from anarcho_train.steps.torch_ranks import TorchRanks
+from anarcho_train.steps.torch_replicas import Replicas
 from anarcho_train.steps.torch_updates import UpdateSizes
+
+if TYPE_CHECKING:
+    from anarcho_train.steps.torch_shards import Shards
 
 COMPILE_MIN_FLOPS = 5e12
 """A CPU run of fewer floating-point operations ends sooner without compilation: at 150 GFLOP/s it takes about half a minute."""
 
 MAX_COMPILED_SHAPES = 64
 """So many shapes of batches are compiled before torch.compile gives up and runs the model uncompiled; its own limit is 8."""
+
+
+DEVICE_SECONDS = 10.0
+"""A device that has not made an update so long after another process was lost waits for that one."""
 
 
 class LanguageModel(Protocol):
@@ -138,6 +148,39 @@ class _Update:
     sizes: UpdateSizes | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Share:
+    """What a rank has of a step, beside the others."""
+
+    weight: float
+    """Of the whole step."""
+    first_row: int
+    """Which of the step's rows this rank begins with."""
+    most: int
+    """Micro-batches of the rank that has most of them."""
+
+
+class _Done:
+    """How far a device has come with what it was given."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.Event() if device.type == "cuda" else None
+
+    def note(self) -> None:
+        """What was given until now is what is asked for."""
+        if self._event is not None:
+            self._event.record()
+
+    def soon(self) -> bool:
+        """Whether that is done, or will be within seconds."""
+        until = time.monotonic() + DEVICE_SECONDS
+        while self._event is not None and not self._event.query():
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.01)
+        return True
+
+
 class _Later:
     """Numbers of a CUDA device, read without waiting for what it is given to do afterwards."""
 
@@ -164,6 +207,10 @@ class TorchStep:
 
     Where memory runs out, `train`, `evaluate`, `answer_logprobs` and `save` raise `anarcho_train.OutOfMemory`: gradients are dropped,
     caches empty, random generators as before.
+
+    With several ``ranks``, each is given its own share of a step's micro-batches, rank 0 the first: gradients, losses and weights are
+    those of all ranks together, so every rank makes the same update and reports the same metrics, and memory that runs out in one is
+    `OutOfMemory` in all. The model is whole in each, unless it was made ``shards``. Evaluations and files stay with the rank that asks.
     """
 
     def __init__(
@@ -178,6 +225,8 @@ class TorchStep:
         draws: Draws | None = None,
         begin: Callable[[nn.Module], None] | None = None,
         flops: float = 0.0,
+        ranks: TorchRanks | None = None,
+        shards: Shards | None = None,
         notify: Callable[[str], None] = lambda message: None,
     ) -> None:
         self.model = model
@@ -191,10 +240,16 @@ class TorchStep:
         self._draws = draws
         self._loss: StageLoss = NextTokenLoss() if loss is None else loss
         self._scaler = self._new_scaler()
+        self._ranks = ranks or TorchRanks()
+        self._several = self._ranks.size > 1
+        self._ranks.join_devices(self.device)
         self._logprobs: Callable[..., Tensor] = model.token_logprobs  # type: ignore[assignment]
+        self._parts = shards or Replicas(
+            model, self._ranks, logprobs=lambda *tensors, **named: self._logprobs(*tensors, **named)
+        )
         if self.compiled:
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_COMPILED_SHAPES)
-            self._logprobs = torch.compile(self._logprobs, dynamic=False)
+            self._logprobs = self._parts.compiled(self._logprobs)
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         self._names = {id(p): name for name, p in model.named_parameters()}
@@ -203,16 +258,23 @@ class TorchStep:
         self._updating = False
         gated = getattr(optimizer, "_step_supports_amp_scaling", False)
         self._decides_on_device = gated and self.device.type == "cuda" and not self._scaler.is_enabled()
+        self._last_update = _Done(self.device) if self._several else None
+        if shards is not None:
+            shards.serve(self._state_tensors)
+        elif self._several:
+            self._ranks.is_torn = self._is_torn
 
     def train(self, micro_batches: Sequence[Batch], *, schedule: StepSchedule) -> StepMetrics:
         """One update; the gradient is that of the mean loss over the weight of all micro-batches together."""
-        return self._guarded(lambda: self._train(micro_batches, schedule=schedule))
+        with self._ranks.watched():
+            return self._guarded(lambda: self._train(micro_batches, schedule=schedule), renews=True)
 
     def _train(self, micro_batches: Sequence[Batch], *, schedule: StepSchedule) -> StepMetrics:
-        weight = float(sum(self._loss.weight(batch) for batch in micro_batches))
+        share = self._share(micro_batches)
+        weight = share.weight
         self._apply(schedule)
         try:
-            measured = self._accumulate(micro_batches, weight, number=schedule.number)
+            measured = self._accumulate(micro_batches, share, number=schedule.number)
         except Exception as error:
             if not (
                 self.compiled
@@ -221,11 +283,12 @@ class TorchStep:
             ):
                 raise
             self._leave_compilation(error)
-            measured = self._accumulate(micro_batches, weight, number=schedule.number)
+            measured = self._accumulate(micro_batches, share, number=schedule.number)
         self._may_fall_back = False
         update = self._update_on_device if self._decides_on_device else self._update
-        found = update(measured.values, weight, schedule)
-        total = self._total(micro_batches, measured.names, found.measured)
+        values = self._ranks.sum(measured.values.sum(0, keepdim=True)) if self._several else measured.values
+        found = self._updated(lambda: update(values, weight, schedule))
+        total = _total(measured.names, found.measured, weight=weight)
         rates = {_group_name(i, group): float(group["lr"]) for i, group in enumerate(self.optimizer.param_groups)}
         return StepMetrics(
             loss=total.loss / weight if weight else math.nan,
@@ -237,52 +300,96 @@ class TorchStep:
             measures=total.means() if weight else dict.fromkeys(total.measures, math.nan),
         )
 
+    def _share(self, micro_batches: Sequence[Batch]) -> _Share:
+        """What this rank has of the step, and what all have together."""
+        own = float(sum(self._loss.weight(batch) for batch in micro_batches))
+        told = self._ranks.gathered([own, sum(len(batch.tokens) for batch in micro_batches), len(micro_batches)])
+        rank = self._ranks.rank
+        return _Share(weight=float(told[:, 0].sum()), first_row=int(told[:rank, 1].sum()), most=int(told[:, 2].max()))
+
+    def _updated(self, update: Callable[[], _Update]) -> _Update:
+        """The update, which several ranks make together: one that fails in it alone cannot tell the others but by leaving."""
+        if not self._several:
+            return update()
+        try:
+            return update()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            what = reason(error)
+        raise self._ranks.abandon(
+            f"memory ran out in the update of this process ({what}); go on with a smaller model, or more processes"
+        )
+
     def _update(self, measured: Tensor, weight: float, schedule: StepSchedule) -> _Update:
         """Reads loss and norm, and then updates or does not."""
         self._scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._grad_clip or float("inf"))
+        norm = self._norm()
+        torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self._grad_clip or float("inf"), norm)
         grad_norm, losses = float(norm), measured.tolist()
         loss = math.fsum(row[0] for row in losses)
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         updated = finite and weight > 0 and (schedule.max_loss is None or loss / weight <= schedule.max_loss)
-        sizes = UpdateSizes(self._parameters_by_group()) if updated and schedule.measure_update else None
+        sizes = self._sizes() if updated and schedule.measure_update else None
         if updated:
-            self._updating = True
-            with record_function("optimizer"):
+            with self._update_under_way():
                 self._scaler.step(self.optimizer)
         self._scaler.update()
         return _Update(measured=losses, grad_norm=grad_norm, updated=updated, sizes=sizes)
 
     def _update_on_device(self, measured: Tensor, weight: float, schedule: StepSchedule) -> _Update:
         """Lets the device decide whether the update counts, which works on while the host reads the numbers and goes on."""
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        norm = self._norm()
         loss = measured[:, 0].sum()
         wanted = norm.isfinite() & loss.isfinite() & (weight > 0)
         if schedule.max_loss is not None:
             wanted &= loss <= schedule.max_loss * weight
         numbers = _Later(torch.cat((torch.stack((norm, wanted)), measured.flatten())))
-        sizes = UpdateSizes(self._parameters_by_group()) if schedule.measure_update else None
+        sizes = self._sizes() if schedule.measure_update else None
         optimizer: Any = self.optimizer
         optimizer.found_inf = (~wanted).float()
         optimizer.grad_scale = ((norm + 1e-6) / self._grad_clip).clamp(min=1.0) if self._grad_clip else None
-        self._updating = True
         try:
-            with record_function("optimizer"):
+            with self._update_under_way():
                 optimizer.step()
         finally:
             optimizer.found_inf = optimizer.grad_scale = None
         grad_norm, updated, *values = numbers.read()
-        rows = torch.tensor(values).view(measured.shape).tolist()
+        rows = torch.tensor(values, dtype=torch.float64).view(measured.shape).tolist()
         return _Update(measured=rows, grad_norm=grad_norm, updated=bool(updated), sizes=sizes)
+
+    @contextmanager
+    def _update_under_way(self) -> Iterator[None]:
+        """Weights and state are neither before nor after the update until it is done, by the device as well."""
+        self._updating = True
+        with record_function("optimizer"):
+            yield
+        if self._last_update is not None:
+            self._last_update.note()
+            self._updating = False
+
+    def _is_torn(self) -> bool:
+        """Whether another rank was lost within the update."""
+        return self._updating or not (self._last_update is None or self._last_update.soon())
+
+    def _norm(self) -> Tensor:
+        """The norm of all gradients together, of all ranks where they hold shards."""
+        norm: Any = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+    def _sizes(self) -> UpdateSizes:
+        return UpdateSizes(self._parameters_by_group(), total=self._parts.sum)
 
     def explain(self, micro_batches: Sequence[Batch], *, schedule: StepSchedule) -> str | None:
         """Where the first number that is not finite comes from when a step is done again, uncompiled and without an update."""
-        weight = float(sum(self._loss.weight(batch) for batch in micro_batches))
+        if self._parts.shared:
+            return "weights lie in shards, where nothing is looked for; go on with train.strategy = 'ddp', or in one process"
+        share = self._share(micro_batches)
         compiled, loss = self._logprobs, self._loss
         self._logprobs, self._loss = self.model.token_logprobs, CheckedLoss(loss)  # type: ignore[assignment]
 
         def again() -> None:
-            self._accumulate(micro_batches, weight, number=schedule.number)
+            self._backward(self._logprobs, micro_batches, share, number=schedule.number)
 
         try:
             return first_anomaly(self.model, again)
@@ -295,8 +402,8 @@ class TorchStep:
 
         def sums() -> LossSum:
             with self._without_update():
-                measured = _sums([self._batch_loss(batch, self._neutral(batch))])
-            return self._total([batch], measured.names, measured.values.tolist())
+                measured = _sums([self._batch_loss(self._logprobs, batch, self._neutral(batch))])
+            return _total(measured.names, measured.values.tolist(), weight=self._loss.weight(batch))
 
         return self._guarded(sums)
 
@@ -308,38 +415,47 @@ class TorchStep:
 
         def rows() -> np.ndarray:
             with self._without_update():
-                logprobs = self._forward(batch, self._neutral(batch))
+                logprobs = self._forward(self._logprobs, batch, self._neutral(batch))
             return answer_logprobs(logprobs.detach(), self._tensor(batch.weights)).cpu().numpy()
 
         return self._guarded(rows)
 
     def save(self, directory: Path) -> None:
         """Writes the model's files, the optimizer's state and the random state into ``directory``."""
-        self._guarded(lambda: self._write(directory, self.model, self._optimizer_tensors(), self._runtime_tensors()))
+        self._guarded(
+            lambda: self._write(directory, self._parts.whole_model, self._optimizer_tensors, self._runtime_tensors())
+        )
 
     def snapshot(self) -> Callable[[Path], None]:
         """A copy in the host's memory of what `save` would write now; what is returned writes it, from any thread."""
 
         def copied() -> tuple[nn.Module, dict[str, Tensor], dict[str, Tensor]]:
-            return host_copy(self.model), self._optimizer_tensors(copy=True), self._runtime_tensors()
+            model = self._parts.whole_model() if self._parts.shared else host_copy(self.model)
+            return model, self._optimizer_tensors(copy=True), self._runtime_tensors()
 
         model, optimizer, runtime = self._guarded(copied)
-        return lambda directory: self._write(directory, model, optimizer, runtime)
+        return lambda directory: self._write(directory, lambda: model, lambda: optimizer, runtime)
 
     def _write(
-        self, directory: Path, model: nn.Module, optimizer: dict[str, Tensor], runtime: dict[str, Tensor]
+        self,
+        directory: Path,
+        model: Callable[[], nn.Module],
+        optimizer: Callable[[], dict[str, Tensor]],
+        runtime: dict[str, Tensor],
     ) -> None:
+        """Each part is asked for when it is written: of shards, a copy is made of it."""
         try:
-            self._save_model(model, directory)
-            save_file(optimizer, directory / OPTIMIZER_FILE)
+            self._save_model(model(), directory)
+            save_file(optimizer(), directory / OPTIMIZER_FILE)
             save_file(runtime, directory / RUNTIME_FILE)
         except SafetensorError as error:  # Its text is the operating system's, for example that the disk is full.
             raise OSError(f"{directory} cannot be written ({error}); free space there and resume the run") from error
 
     def load(self, directory: Path) -> None:
         """Restores what `save` wrote; raises ValueError naming the first tensor that is missing, left over or of another shape."""
-        self._load_model(self.model, directory)
-        _load_optimizer(directory / OPTIMIZER_FILE, self.optimizer, dict(self.model.named_parameters()))
+        self._parts.change(lambda model: self._load_model(model, directory))
+        parameters = dict(self.model.named_parameters())
+        _load_optimizer(directory / OPTIMIZER_FILE, self.optimizer, parameters, part=self._parts.part)
         with safe_open(directory / RUNTIME_FILE, framework="pt") as file:
             names = set(file.keys())
             if "rng.cpu" in names:  # Another framework's state has another generator.
@@ -353,20 +469,27 @@ class TorchStep:
                 }
                 self._scaler.load_state_dict(self._scaler.state_dict() | state)
 
+    def whole_model(self) -> nn.Module:
+        """The model, or of one in shards a copy that is whole, on the CPU."""
+        return self._parts.whole_model()
+
     def restart(self) -> None:
         """Back to before the first step; raises ValueError where ``begin`` was not given."""
         if self._begin is None:
             raise ValueError("the step was not told with which weights the training began; start the run again")
-        self._begin(self.model)
+        self._parts.change(self._begin)
         forget_updates(self.optimizer, keeps_state=self._keeps_state)
         self._scaler = self._new_scaler()
         self._first_random.restore()
 
-    def _guarded(self, work: Callable[[], Any]) -> Any:
+    def _guarded(self, work: Callable[[], Any], *, renews: bool = False) -> Any:
+        """The result, or `OutOfMemory`; ``renews`` where all ranks break off together."""
         random, self._updating = RandomState(self.device), False
 
         def recover() -> bool:
             self.optimizer.zero_grad(set_to_none=True)
+            if renews:
+                self._parts.renew()
             state = self._scaler.state_dict()
             self._scaler = self._new_scaler()  # The old one remembers that it has unscaled gradients in this step.
             self._scaler.load_state_dict(state)
@@ -388,32 +511,58 @@ class TorchStep:
             if schedule.momentum is not None and "momentum" in group:
                 group["momentum"] = schedule.momentum
 
-    def _accumulate(self, micro_batches: Sequence[Batch], weight: float, *, number: int) -> _Sums:
-        """Gradients of all micro-batches, and what was measured on each."""
+    def _accumulate(self, micro_batches: Sequence[Batch], share: _Share, *, number: int) -> _Sums:
+        """Gradients of all micro-batches, those of other ranks included, and what was measured on each of this rank."""
+        return self._backward(self._parts, micro_batches, share, number=number)
+
+    def _backward(
+        self, logprobs: Callable[..., Tensor], micro_batches: Sequence[Batch], share: _Share, *, number: int
+    ) -> _Sums:
+        """Gradients that ``logprobs`` gives; where it is that of all ranks together, the last backward pass is for their exchange."""
+        together = logprobs is self._parts
         self.optimizer.zero_grad(set_to_none=True)
         found = []
-        first_row = 0
-        for batch in micro_batches:
+        first_row = share.first_row
+        divisor = share.weight / (self._ranks.size if together else 1)  # Gradients are averaged.
+
+        def forward(batch: Batch, counted: float) -> Tensor:
+            nonlocal first_row
             draws = self._draws(batch, step=number, first_row=first_row) if self._draws else {}
-            first_row += len(batch.tokens)
             with record_function("forward"):
-                loss, measures = self._batch_loss(batch, draws)
-            with record_function("backward"):
-                self._scaler.scale(loss / weight).backward()
+                loss, measures = self._batch_loss(logprobs, batch, draws)
+            if not counted:
+                return 0.0 * loss
+            first_row += len(batch.tokens)
             found.append((loss.detach(), measures))  # with its graph, it would keep the activations
+            return loss
+
+        def backward(loss: Tensor) -> None:
+            with record_function("backward"):
+                self._scaler.scale(loss / divisor).backward()
+
+        *others, last = self._parts.padded(micro_batches, share.most)
+        with self._parts.agreed() if together else nullcontext():
+            for batch in others:
+                with self._parts.local() if together else nullcontext():
+                    backward(forward(*batch))
+            loss = forward(*last)
+        with self._parts.agreed() if together else nullcontext(), self._parts.exchanging():
+            backward(loss)
         return _sums(found)
 
     def _neutral(self, batch: Batch) -> dict[str, np.ndarray]:
         """A compiled model keeps its training graph in an evaluation, with the arguments that it has there."""
         return self._draws.neutral(batch) if self._draws and self.compiled else {}
 
-    def _batch_loss(self, batch: Batch, draws: Mapping[str, np.ndarray]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _batch_loss(
+        self, logprobs: Callable[..., Tensor], batch: Batch, draws: Mapping[str, np.ndarray]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         # What the batch lacks is to be found before the model has worked on it.
         arrays = self._loss.arrays(batch)
-        logprobs = self._forward(batch, draws)
-        return self._loss(logprobs, {name: self._tensor(array) for name, array in arrays.items()})
+        found = self._forward(logprobs, batch, draws)
+        return self._loss(found, {name: self._tensor(array) for name, array in arrays.items()})
 
-    def _forward(self, batch: Batch, draws: Mapping[str, np.ndarray]) -> Tensor:
+    def _forward(self, logprobs: Callable[..., Tensor], batch: Batch, draws: Mapping[str, np.ndarray]) -> Tensor:
         arrays = {
             "tokens": batch.tokens,
             "targets": batch.targets,
@@ -423,21 +572,13 @@ class TorchStep:
         tensors = {name: self._tensor(array).long() for name, array in arrays.items() if array is not None}
         tensors |= {name: self._tensor(array) for name, array in draws.items()}
         with self._autocast():
-            return self._logprobs(tensors.pop("tokens"), tensors.pop("targets"), **tensors)
+            return logprobs(tensors.pop("tokens"), tensors.pop("targets"), **tensors)
 
-    def _total(
-        self, micro_batches: Sequence[Batch], names: Sequence[str], measured: Sequence[Sequence[float]]
-    ) -> LossSum:
-        """The sum over the micro-batches of their losses and of the measures of these names."""
-        total = LossSum()
-        for batch, (loss, *others) in zip(micro_batches, measured, strict=True):
-            sums = dict(zip(names, others, strict=True))
-            total += LossSum(loss=loss, weight=self._loss.weight(batch), measures=sums)
-        return total
-
-    def _without_update(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def _without_update(self) -> Iterator[None]:
         """A compiled model keeps its training graph: without gradients it would be compiled a second time."""
-        return torch.set_grad_enabled(self.compiled)
+        with torch.set_grad_enabled(self.compiled and not self._parts.shared), self._parts.evaluating():
+            yield
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array))
@@ -454,12 +595,17 @@ class TorchStep:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         self._notify(f"torch.compile failed here ({reason}); training goes on without it")
         self.compiled = False
+        self._parts.leave_compilation()
         self._logprobs = self.model.token_logprobs  # type: ignore[assignment]
 
     def _optimizer_tensors(self, *, copy: bool = False) -> dict[str, Tensor]:
         """State tensors by canonical name, contiguous on the CPU."""
+        return self._parts.whole_tensors(self._state_tensors, copy=copy)
+
+    def _state_tensors(self) -> dict[str, Tensor]:
+        """State tensors by canonical name, where and as they are."""
         return {
-            f"{self._names[id(parameter)]}.{key}": value.detach().to("cpu", copy=copy).contiguous()
+            f"{self._names[id(parameter)]}.{key}": value
             for parameter, state in self.optimizer.state.items()
             for key, value in state.items()
             if isinstance(value, Tensor)
@@ -481,6 +627,12 @@ def _sums(found: Sequence[tuple[Tensor, dict[str, Tensor]]]) -> _Sums:
     return _Sums(tuple(found[0][1]), torch.stack(rows))
 
 
+def _total(names: Sequence[str], measured: Sequence[Sequence[float]], *, weight: float) -> LossSum:
+    """The sum of losses, first in each row, and of the measures of these names, which are over ``weight`` together."""
+    loss, *others = (sum(column) for column in zip(*measured, strict=True))
+    return LossSum(loss=loss, weight=weight, measures=dict(zip(names, others, strict=True)))
+
+
 def _group_name(index: int, group: dict[str, Any]) -> str:
     return str(group.get("name", f"group {index}")).replace(" ", "_")
 
@@ -489,8 +641,17 @@ def _device_module(device: torch.device) -> Any:
     return torch.mps if device.type == "mps" else torch.cuda
 
 
-def _load_optimizer(path: Path, optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor]) -> None:
-    """Sets the optimizer's state from ``<parameter>.<state>`` tensors; state that the optimizer creates late is created here."""
+def _load_optimizer(
+    path: Path,
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, Tensor],
+    *,
+    part: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    """Sets the optimizer's state from ``<parameter>.<state>`` tensors; state that the optimizer creates late is created here.
+
+    ``part`` is what this process keeps of a tensor that lies as another one does.
+    """
     advice = "resume with the run's own config"
     with safe_open(path, framework="pt") as file:
         found = set(file.keys())
@@ -514,6 +675,6 @@ def _load_optimizer(path: Path, optimizer: torch.optim.Optimizer, parameters: di
                 )
             state = optimizer.state[parameter]
             if key in state:
-                state[key].copy_(value)
+                state[key].copy_(part(value, state[key]))
             else:
-                state[key] = value if key == "step" else value.to(parameter.device)
+                state[key] = value if key == "step" else part(value.to(parameter.device), parameter)

@@ -1,0 +1,97 @@
+"""Several processes of one run in PyTorch: how they meet, which device each has, and whether the model is whole in each.
+
+Notable: torchrun's processes take the CUDA device of their number on the machine.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from anarcho_cli.config import RunConfig
+from anarcho_cli.fitting.budget import USED_SHARE, memory_budget
+from anarcho_cli.output import bytes_text, note
+from anarcho_cli.plan import plan_run
+
+if TYPE_CHECKING:
+    from anarcho_model.torch import GPT
+    from anarcho_train.steps.torch_ranks import TorchRanks
+    from anarcho_train.steps.torch_shards import Shards
+
+
+class ProcessesError(ValueError):
+    """Processes that cannot train together on their devices; the message is one sentence for the user."""
+
+
+def connect(*, timeout_seconds: float) -> TorchRanks:
+    """The processes that torchrun has started, this one among them; raises `RankLost` where they do not find each other."""
+    import torch
+    import torch.distributed as dist
+    from anarcho_train import RankLost
+    from anarcho_train.steps.torch_ranks import TorchRanks
+
+    try:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_seconds))
+    except (RuntimeError, ValueError) as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise RankLost(
+            f"the other processes of this run cannot be reached at {place} ({' '.join(str(error).split())[:160]}); see that torchrun "
+            "names the right address and that no firewall is between them"
+        ) from error
+    local = _local(os.environ, "LOCAL_RANK", 0)
+    if local < torch.cuda.device_count():
+        torch.cuda.set_device(local)
+    return TorchRanks(dist.group.WORLD, timeout_seconds=timeout_seconds)
+
+
+def require_devices(device: str) -> None:
+    """Raises `ProcessesError` where this process has no device of its own of this type."""
+    import torch
+
+    if device == "cpu":
+        return
+    if device != "cuda":
+        raise ProcessesError(f"several processes train on --device cpu or cuda, not on {device}; start one process")
+    local, count = _local(os.environ, "LOCAL_RANK", 0), torch.cuda.device_count()
+    if local >= count:
+        raise ProcessesError(
+            f"process {local} of this machine has no GPU of its own, there are {count}; start at most {count} on it"
+        )
+
+
+def shared_out(model: GPT, config: RunConfig, ranks: TorchRanks, *, device: str) -> Shards | None:
+    """The model in shards where the configuration says so or it fits no device whole; None where each process has all of it."""
+    import torch
+    from anarcho_train.steps.torch_shards import Shards
+
+    if _strategy(config, ranks, device=device) == "ddp":
+        return None
+    if config.train.precision == "float16":
+        raise ProcessesError(
+            "train.precision is float16, which does not go with train.strategy = 'fsdp'; use bfloat16 or float32"
+        )
+    return Shards(model, list(model.model.layers), ranks, device=torch.device(device))
+
+
+def _strategy(config: RunConfig, ranks: TorchRanks, *, device: str) -> str:
+    """`ddp` or `fsdp`, the same in all processes."""
+    if config.train.strategy != "auto":
+        return config.train.strategy
+    memory = plan_run(config, device=device).memory
+    needed = memory.weights + memory.gradients + memory.optimizer + memory.optimizer_scratch
+    here = 1 if device == "cuda" else _local(os.environ, "LOCAL_WORLD_SIZE", 1)
+    budget = int(USED_SHARE * memory_budget("torch", device) / here)
+    if not ranks.gathered([needed > budget]).any():
+        return "ddp"
+    note(
+        f"weights, gradients and optimizer state take {bytes_text(needed)}, and a process has {bytes_text(budget)} for them: they are "
+        "shared out (fsdp)"
+    )
+    return "fsdp"
+
+
+def _local(environ: Mapping[str, str], name: str, default: int) -> int:
+    text = environ.get(name, "")
+    return int(text) if text.isdigit() else default

@@ -1,0 +1,232 @@
+"""The model in shards: each process holds a part of every weight, of its gradient and of its optimizer's state (FSDP2).
+
+Notable:
+
+* A block's weights are whole only while it computes, so every forward pass needs all processes: who has fewer micro-batches than others
+  computes some without counting them, and who has none helps (`TorchRanks.together`).
+* Between the micro-batches of a step, whole gradients stay where they are while they are small beside the device's memory: then they travel
+  once. Larger ones are shared out each time.
+* Files are read and written whole, as those of one process: one tensor at a time is gathered on the device, and rank 0 alone keeps it, in
+  the host's memory. The other processes take part when they next have anything to say.
+
+Sources: ZeRO (arXiv:1910.02054), PyTorch FSDP (arXiv:2304.11277).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from anarcho_train.out_of_memory import is_out_of_memory, reason
+from anarcho_train.steps.agreement import agreed_memory
+from anarcho_train.steps.torch_ranks import TorchRanks
+
+FORWARD, WEIGHTS, STATE = 1, 2, 3
+"""What a process may need the others for besides a step; see `TorchRanks.together`."""
+
+HELD_GRADIENTS_SHARE = 0.1
+"""Of the device's memory, that whole gradients may take between micro-batches."""
+
+
+class Shards:
+    """A model whose parameters are shared out, in place, over the ranks; made before its optimizer is.
+
+    ``blocks`` are the modules that become whole one after the other. ``device`` is where the shards go; the model may lie elsewhere.
+    """
+
+    shared = True
+    """Whether a forward pass needs all processes."""
+
+    def __init__(
+        self, model: nn.Module, blocks: Sequence[nn.Module], ranks: TorchRanks, *, device: torch.device
+    ) -> None:
+        ranks.join_devices(device)
+        assert ranks.computing is not None, "a model is shared out over several processes"
+        self._model, self._blocks, self._ranks = model, list(blocks), ranks
+        self._empty = _on_meta(model)
+        gradient_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        self._holds_gradients = gradient_bytes <= HELD_GRADIENTS_SHARE * _memory_bytes(device)
+        mesh = DeviceMesh.from_group(ranks.computing, device.type)
+        with ranks.watched():
+            for module in (*self._blocks, model):
+                fully_shard(module, mesh=mesh)
+        own: Any = model.token_logprobs
+        # What leaves the model must be no view: hooks are on the tensor itself.
+        model.token_logprobs = lambda *tensors, **named: own(*tensors, **named).clone()  # type: ignore[assignment]
+        register_fsdp_forward_method(model, "token_logprobs")
+        ranks.is_torn = lambda: True  # What the others held is gone.
+        self._state: Callable[[], Mapping[str, Tensor]] = dict
+
+    def serve(self, state: Callable[[], Mapping[str, Tensor]]) -> None:
+        """From now on this process helps others; ``state`` gives the optimizer's tensors by name."""
+        self._state = state
+        self._ranks.help_with(
+            {
+                FORWARD: self._forward_for_others,
+                WEIGHTS: lambda: _take_part(self._weights()),
+                STATE: lambda: _take_part(self._state()),
+            }
+        )
+
+    def compiled(self, logprobs: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The function, with its blocks compiled: what gathers their weights stands between them."""
+        for block in self._blocks:
+            block.forward = torch.compile(block.forward, dynamic=False)
+        return logprobs
+
+    def leave_compilation(self) -> None:
+        """Blocks are as they were."""
+        for block in self._blocks:
+            block.__dict__.pop("forward", None)
+
+    def padded(self, micro_batches: Sequence[Any], most: int) -> list[tuple[Any, float]]:
+        """As many micro-batches as any rank has, each with what its loss counts; the last one is a real one."""
+        missing = most - len(micro_batches)
+        return [(micro_batches[0], 0.0)] * missing + [(batch, 1.0) for batch in micro_batches]
+
+    def __call__(self, *arguments: Any, **tensors: Any) -> Tensor:
+        """Log-probabilities whose gradient is to be trained with."""
+        return self._model.token_logprobs(*arguments, **tensors)  # type: ignore[operator]
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Memory that runs out in the block in all ranks alike is known to all at its end; one that is alone with it has to leave."""
+        with agreed_memory(self._ranks):
+            yield
+
+    @contextmanager
+    def local(self) -> Iterator[None]:
+        """Forward and backward passes whose gradients may stay here for now."""
+        self._root.set_requires_gradient_sync(not self._holds_gradients)
+        try:
+            yield
+        finally:
+            self._root.set_requires_gradient_sync(True)
+
+    @contextmanager
+    def exchanging(self) -> Iterator[None]:
+        """The last backward pass, after which each rank has its part of the mean of all gradients."""
+        yield
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """A forward pass in which the others take part."""
+        with self._ranks.together(FORWARD):
+            try:
+                yield
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise self._ranks.abandon(_left(reason(error))) from None
+                raise
+            self._put_away()
+
+    def renew(self) -> None:
+        """Begins anew after a step that was broken off by all alike."""
+        self._put_away()
+
+    def whole_model(self) -> nn.Module:
+        """A copy of the model with whole weights in the host's memory; of rank 0 alone."""
+        with self._ranks.together(WEIGHTS):
+            self._put_away()
+            return self._filled(_gather(self._weights()))
+
+    def whole_tensors(self, tensors: Callable[[], Mapping[str, Tensor]], *, copy: bool = False) -> dict[str, Tensor]:
+        """The optimizer's tensors whole in the host's memory; of rank 0 alone."""
+        with self._ranks.together(STATE):
+            return _gather(tensors())
+
+    @torch.no_grad()
+    def change(self, change: Callable[[nn.Module], None]) -> None:
+        """Lets a function set the weights that are trained, of a whole copy in the host's memory; each rank keeps its part."""
+        self._put_away()
+        sizes = {name: torch.empty(p.shape, dtype=p.dtype) for name, p in self._weights().items()}
+        whole = self._filled(sizes)
+        change(whole)
+        for name, found in whole.named_parameters():
+            parameter = self._weights()[name]
+            if parameter.requires_grad:
+                parameter.copy_(self.part(found.detach(), parameter))
+
+    def part(self, whole: Tensor, like: Tensor) -> Tensor:
+        """What lies as ``like`` does of a tensor that all ranks have."""
+        if not isinstance(like, DTensor):
+            return whole
+        return distribute_tensor(
+            whole.to(like.to_local().device), like.device_mesh, like.placements, src_data_rank=None
+        )
+
+    def sum(self, numbers: Tensor) -> Tensor:
+        """Sums over what all ranks hold of the same tensors."""
+        return self._ranks.sum(numbers)
+
+    @property
+    def _root(self) -> FSDPModule:
+        assert isinstance(self._model, FSDPModule)
+        return self._model
+
+    def _weights(self) -> dict[str, Tensor]:
+        return dict(self._model.named_parameters())
+
+    def _put_away(self) -> None:
+        """Nothing is whole any more that a forward pass without a backward pass has left so."""
+        for module in self._model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def _filled(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        return _with_parameters(self._empty, lambda name, p: nn.Parameter(weights[name], requires_grad=p.requires_grad))
+
+    @torch.no_grad()
+    def _forward_for_others(self) -> None:
+        device = next(self._model.parameters()).device
+        token = torch.zeros((1, 1), dtype=torch.long, device=device)
+        with torch.compiler.set_stance("force_eager"):
+            self(token, token)
+        self._put_away()
+
+
+def _gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in the host's memory of whole tensors, of which one at a time is on the device."""
+    return {name: _whole(tensor).to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def _take_part(tensors: Mapping[str, Tensor]) -> None:
+    """This process's part in what another one gathers."""
+    for tensor in tensors.values():
+        _whole(tensor)
+
+
+@torch.no_grad()
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def _on_meta(model: nn.Module) -> nn.Module:
+    """The structure of a model, without memory for its parameters; buffers are copies in the host's."""
+    return _with_parameters(
+        model, lambda _, p: nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+    )
+
+
+def _with_parameters(model: nn.Module, make: Callable[[str, Tensor], nn.Parameter]) -> nn.Module:
+    """A copy of a module with other parameters."""
+    copies: dict[int, Any] = {id(p): make(name, p) for name, p in model.named_parameters()}
+    copies |= {id(buffer): buffer.detach().to("cpu", copy=True) for buffer in model.buffers()}
+    return copy.deepcopy(model, copies)
+
+
+def _memory_bytes(device: torch.device) -> float:
+    """Of the device; a CPU's processes are taken to have room for gradients."""
+    return float(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else float("inf")
+
+
+def _left(what: str) -> str:
+    return f"memory ran out here ({what}) where the other processes could not be told; go on with a smaller train.micro_batch"
