@@ -27,12 +27,14 @@ if TYPE_CHECKING:
     from anarcho_tokenize.importing import import_tokenizer
     from anarcho_tokenize.inspect import TokenizerReport, compare_tokenizers, inspect_tokenizer
     from anarcho_tokenize.loading import AnyTokenizer, load_tokenizer
+    from anarcho_tokenize.merging import ShareStatus, merge_shares, share_statuses
     from anarcho_tokenize.packing import Batch, PackedBatches, SequentialBatches
     from anarcho_tokenize.preparation import prepare_shards, read_texts, release, write_shards
     from anarcho_tokenize.production import PreparationReport
     from anarcho_tokenize.rows import Message, Preference
     from anarcho_tokenize.shard_report import ShardsReport, inspect_shards
     from anarcho_tokenize.shards import TokenShards
+    from anarcho_tokenize.shares import prepare_share
     from anarcho_tokenize.sources import BadRow, Dropped, Example, Examples, NetworkError, check_source, read_documents
     from anarcho_tokenize.training import train_tokenizer
 
@@ -59,6 +61,7 @@ __all__ = [
     "SequentialBucketBatches",
     "ShardError",
     "ShardsReport",
+    "ShareStatus",
     "SourceConfig",
     "SourceError",
     "StreamDecoder",
@@ -80,10 +83,13 @@ __all__ = [
     "inspect_shards",
     "inspect_tokenizer",
     "load_tokenizer",
+    "merge_shares",
     "prepare_shards",
+    "prepare_share",
     "read_documents",
     "read_texts",
     "release",
+    "share_statuses",
     "spell_chat",
     "train_tokenizer",
     "write_shards",
@@ -109,12 +115,14 @@ _HOMES = {
     "importing": ("import_tokenizer",),
     "inspect": ("TokenizerReport", "compare_tokenizers", "inspect_tokenizer"),
     "loading": ("AnyTokenizer", "load_tokenizer"),
+    "merging": ("ShareStatus", "merge_shares", "share_statuses"),
     "packing": ("Batch", "PackedBatches", "SequentialBatches"),
     "preparation": ("prepare_shards", "read_texts", "release", "write_shards"),
     "production": ("PreparationReport",),
     "rows": ("Message", "Preference"),
     "shard_report": ("ShardsReport", "inspect_shards"),
     "shards": ("TokenShards",),
+    "shares": ("prepare_share",),
     "sources": ("BadRow", "Dropped", "Example", "Examples", "NetworkError", "check_source", "read_documents"),
     "training": ("train_tokenizer",),
 }

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from anarcho_tokenize.config import DataConfig, SourceConfig
+from anarcho_tokenize.config import DataConfig, data_config_of
 from anarcho_tokenize.errors import ShardError, SourceError, TokenizerError
 from anarcho_tokenize.loading import load_tokenizer
 from anarcho_tokenize.packing import Batch, PackedBatches
@@ -187,9 +187,7 @@ def _main() -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if hasattr(os, "nice"):
         os.nice(_NICENESS)  # where both compute on the same cores, the trainer goes first
-    values = work["config"]
-    sources = tuple(SourceConfig(**_with_tuples(source)) for source in values.pop("sources"))
-    config = DataConfig(**_with_tuples(values), sources=sources)
+    config = data_config_of(work["config"])
     try:
         prepare_shards(
             config,
@@ -206,10 +204,6 @@ def _main() -> None:
         _tell(event="failed", error=type(error).__name__, message=str(error))
     else:
         _tell(event="done")
-
-
-def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
 def _tell(**message: Any) -> None:

@@ -8,14 +8,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from anarcho_tokenize.encoded import EncodedRow, NotRecordedError
 from anarcho_tokenize.rows import Content
 from anarcho_tokenize.sources import BadRow, Dropped, Example
 
 TRAIN = "train"
 VALIDATION = "validation"
-_CHUNK_BYTES = 2**20
+CHUNK_BYTES = 2**20
 _TOKEN_BYTES = 4
-_CHUNK_ROWS = 4096
+CHUNK_ROWS = 4096
 
 
 class RowSource(Protocol):
@@ -60,7 +61,7 @@ class Chunk:
     def __init__(self, number: int, *, full_bytes: int) -> None:
         self.number = number
         self._full_bytes = full_bytes
-        self.contents: list[Content] = []
+        self.contents: list[Content | EncodedRow] = []
         self.parts: list[str] = []
         """The part of each content."""
         self.bad: list[BadRow] = []
@@ -71,9 +72,9 @@ class Chunk:
     @property
     def is_full(self) -> bool:
         """Whether a new chunk should be begun."""
-        return self._bytes >= self._full_bytes or self.rows >= _CHUNK_ROWS
+        return self._bytes >= self._full_bytes or self.rows >= CHUNK_ROWS
 
-    def add(self, content: Content, part: str, num_bytes: int, *, is_repeated: bool) -> None:
+    def add(self, content: Content | EncodedRow, part: str, num_bytes: int, *, is_repeated: bool) -> None:
         """Append a row to encode."""
         if not is_repeated:
             self._last_new = len(self.contents)
@@ -90,8 +91,11 @@ class Chunk:
         """Keep the end of the last text from training, where a few texts all hashed into the training part.
 
         A text that is there twice, or that was read in an earlier pass, is trained on as a whole, so its end cannot be kept from it.
+        Raises NotRecordedError where the text is there as tokens alone.
         """
         last = self._last_new
+        if last is not None and isinstance(row := self.contents[last], EncodedRow) and row.documents[0].mask is None:
+            raise NotRecordedError
         if last is None or not isinstance(text := self.contents[last], str) or self.contents.count(text) > 1:
             return
         head, tail = _cut_tail(text, fraction=fraction)
@@ -110,7 +114,7 @@ class ChunkReader:
         self.number = first
         """Of the chunk that is read now."""
         self._source = source
-        self._chunk_bytes = min(_CHUNK_BYTES, _TOKEN_BYTES * shard_tokens)
+        self._chunk_bytes = min(CHUNK_BYTES, _TOKEN_BYTES * shard_tokens)
         self._counts = counts.copy()
         self._validation_fraction = validation_fraction
 

@@ -1,7 +1,8 @@
 """What a user can choose about tokenizer and data; plain standard library, so that reading a configuration stays cheap."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 from anarcho_tokenize.errors import ShardError, SourceError, TokenizerError
 from anarcho_tokenize.symbols import FIRST_LEARNED
@@ -252,6 +253,17 @@ class DataConfig:
     def name(self) -> str:
         """The sources as one text for people."""
         return ", ".join(source.source for source in self.mixture)
+
+
+def data_config_of(values: Mapping[str, Any]) -> DataConfig:
+    """The configuration that `dataclasses.asdict` gave as these values, which may have been JSON meanwhile."""
+    sources = tuple(SourceConfig(**_with_tuples(source)) for source in values["sources"])
+    others = {key: value for key, value in values.items() if key != "sources"}
+    return DataConfig(**_with_tuples(others), sources=sources)
+
+
+def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
 def _check_source(config: SourceConfig | DataConfig) -> None:

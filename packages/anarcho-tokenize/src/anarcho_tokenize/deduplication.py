@@ -46,6 +46,13 @@ class SeenRows:
             raise self._failure(error) from error
         return cursor.rowcount == 0
 
+    def rewind(self, chunks: int) -> None:
+        """Forget the keys that were added after so many chunks."""
+        try:
+            self._connection.execute("DELETE FROM seen WHERE chunk >= ?", (chunks,))
+        except sqlite3.DatabaseError as error:
+            raise self._failure(error) from error
+
     def flush(self) -> None:
         """Bring everything so far to disk."""
         try:

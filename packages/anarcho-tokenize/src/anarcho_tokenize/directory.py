@@ -5,6 +5,7 @@ production.json          plan (what the tokens follow from), position, counts, s
 quarantine.jsonl         one object for each row that could not be used: place, reason, excerpt
 seen.sqlite              hashes of the rows so far, with data.deduplicate
 consumed.json            where a reader notes what it does not need any more, see `preparation.release`
+shares/                  what the ranks of a shared preparation have done, until it is merged, see `shared_work`
 """
 
 import json
@@ -24,6 +25,8 @@ QUARANTINE_FILE = "quarantine.jsonl"
 SEEN_FILE = "seen.sqlite"
 CONSUMED_FILE = "consumed.json"
 LOCK_FILE = ".lock"
+SHARES = "shares"
+SHARES_STAGING = ".shares.partial-"
 _STREAMED_VALIDATION_TOKENS = 2**18
 
 
@@ -33,12 +36,15 @@ def require_own(directory: Path) -> None:
         return
     own = (LOCK_FILE, STATE_FILE, QUARANTINE_FILE, SEEN_FILE, CONSUMED_FILE)
     beginnings = tuple(f"{name}{suffix}" for name in own for suffix in (".partial", "-wal", "-shm", "-journal"))
-    if not directory.is_dir() or {entry.name for entry in directory.iterdir()} - {*own, *beginnings, *PARTS}:
+    known = {*own, *beginnings, *PARTS, SHARES}
+    if not directory.is_dir() or any(
+        entry.name not in known and not entry.name.startswith(SHARES_STAGING) for entry in directory.iterdir()
+    ):
         raise ShardError(f"{directory} exists already and holds no prepared data; remove it or choose another one.")
 
 
-def read_state(directory: Path, *, plan: dict[str, Any]) -> dict[str, Any]:
-    """What the last commit noted; empty before the first. Raises ShardError for a damaged file, and for another plan."""
+def read_state(directory: Path, *, plan: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What the last commit noted; empty before the first. Raises ShardError for a damaged file, and for another plan than a given one."""
     file = directory / STATE_FILE
     if not file.exists():
         return {}
@@ -49,12 +55,18 @@ def read_state(directory: Path, *, plan: dict[str, Any]) -> dict[str, Any]:
         raise ShardError(f"{file} is damaged ({error!r}); remove {directory} and prepare the data anew.") from error
     if version != VERSION:
         raise ShardError(f"{file} has version {version!r}; expected {VERSION}, so prepare the data anew.")
+    if plan is not None:
+        require_plan(directory, begun, plan)
+    return state
+
+
+def require_plan(directory: Path, begun: dict[str, Any], plan: dict[str, Any]) -> None:
+    """Raise ShardError where a preparation was begun by another plan."""
     if begun != plan:
         keys = ", ".join(key for key in plan if begun.get(key) != plan[key])
         raise ShardError(
             f"{directory} was begun with other values of {keys}; go on with those, or prepare into a new directory."
         )
-    return state
 
 
 def plan_of(config: DataConfig, tokenizer: AnyTokenizer) -> dict[str, Any]:

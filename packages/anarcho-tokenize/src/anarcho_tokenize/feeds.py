@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from anarcho_tokenize.config import Kind, SourceConfig
 from anarcho_tokenize.errors import SourceError
@@ -43,6 +43,19 @@ def local_catalog(spec: str, *, kind: Kind) -> Catalog:
     return Catalog([embedded_file(kind)] if spec == EMBEDDED else local_files(spec))
 
 
+class Rows(Protocol):
+    """The rows of a file from a place on."""
+
+    def __iter__(self) -> Iterator[Row]:
+        """The rows."""
+        ...
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the file, as stored, that have been read."""
+        ...
+
+
 @dataclass(slots=True)
 class Place:
     """Where a source is read: all that changes."""
@@ -75,11 +88,13 @@ class Feed:
     place: Place = field(default_factory=Place)
     identity: dict[str, Any] | None = None
     """Of the files that the place was in; None before they have been found."""
+    recorded: Callable[[int, Place], Rows] | None = None
+    """Reads what was recorded of the file of a number, in place of the file."""
     is_open: bool = False
     _files: list[DataFile] = field(default_factory=list)
     _size: int | None = None
     _text_field: str | None = None
-    _reader: FileReader | None = None
+    _reader: Rows | None = None
     _rows: Iterator[Row] | None = None
 
     def open(self) -> None:
@@ -92,6 +107,11 @@ class Feed:
         self.identity, self._files, self._size = identity, catalog.files, catalog.size
         self._text_field = catalog.text_field or self.source.text_field
         self.is_open = True
+
+    @property
+    def files(self) -> list[DataFile]:
+        """Its files, in order, once it is open."""
+        return self._files
 
     @property
     def text_field(self) -> str | None:
@@ -128,9 +148,13 @@ class Feed:
         return self.place.stored_bytes + (0 if self._reader is None else self._reader.stored_bytes), self._size
 
     def _read(self) -> Iterator[Row]:
-        place, reading = self.place, self._reading()
+        place, reading = self.place, self.reading()
         while place.file < len(self._files):
-            self._reader = FileReader(self._files[place.file], reading, row=place.row, offset=place.offset)
+            self._reader = (
+                self.recorded(place.file, place)
+                if self.recorded is not None
+                else FileReader(self._files[place.file], reading, row=place.row, offset=place.offset)
+            )
             rows = iter(self._reader)
             for row in rows:
                 if row.end is None:
@@ -146,7 +170,8 @@ class Feed:
             if row is not None:
                 yield row
 
-    def _reading(self) -> Reading:
+    def reading(self) -> Reading:
+        """What of its files is read."""
         source = self.source
         texts = ("text", "content") if self._text_field is None else (self._text_field,)
         scores = (source.score_field,) if source.min_score is not None else ()

@@ -16,7 +16,7 @@ from typing import Literal
 from anarcho_tokenize.config import Kind
 from anarcho_tokenize.corpus import EMBEDDED_BYTES, embedded_documents, embedded_rows
 from anarcho_tokenize.errors import SourceError
-from anarcho_tokenize.lines import read_lines, read_parts, read_separated
+from anarcho_tokenize.lines import Lines, read_lines, read_parts, read_separated
 from anarcho_tokenize.reading import Fault, Reading, Row
 from anarcho_tokenize.tables import read_table, require_pyarrow
 from anarcho_tokenize.unpacking import COMPRESSIONS, require_zstandard, unpack, unpacking_errors
@@ -43,9 +43,26 @@ class DataFile:
 
 
 class FileReader:
-    """Iterates over the rows of a file, from a row and the byte at which it starts."""
+    """Iterates over the rows of a file, from a row and the byte at which it starts.
 
-    def __init__(self, file: DataFile, reading: Reading, *, row: int = 0, offset: int = 0) -> None:
+    With `stop_offset`, for JSON lines that are not compressed, up to the last one that starts before this byte; with `stop_row`, for
+    tables and the embedded corpus, up to the row of this number.
+    """
+
+    def __init__(
+        self,
+        file: DataFile,
+        reading: Reading,
+        *,
+        row: int = 0,
+        offset: int = 0,
+        stop_row: int | None = None,
+        stop_offset: int | None = None,
+    ) -> None:
+        self._stop_row = stop_row
+        self._stop_offset = stop_offset
+        self.num_lines = row
+        """Lines before the place where reading is, those before the first row included; known at the end of JSON lines."""
         self._file = file
         self._reading = reading
         self._row = row
@@ -82,8 +99,13 @@ class FileReader:
 
     def _rows(self, stream: BufferedIOBase) -> Iterator[Row]:
         file, separator = self._file, self._reading.document_separator
+        if self._stop_row is not None and self._stop_row <= self._row:
+            return
         if file.form == ".parquet":
-            yield from read_table(stream, name=file.name, reading=self._reading, row=self._row)
+            for row in read_table(stream, name=file.name, reading=self._reading, row=self._row):
+                yield row
+                if row.number == self._stop_row:
+                    return
             return
         if file.rows is not None:
             for number, value in enumerate(file.rows(self._row), start=self._row + 1):
@@ -93,6 +115,8 @@ class FileReader:
             for row in _embedded_rows(self._row):
                 self._stored_bytes = row.end or 0
                 yield row
+                if row.number == self._stop_row:
+                    return
             return
         unpacked = unpack(stream, file.compression, name=file.name)
         if file.compression:
@@ -102,7 +126,9 @@ class FileReader:
         start = {"name": file.name, "row": self._row, "offset": self._offset}
         limit = self._reading.max_document_bytes
         if file.form == ".jsonl":
-            yield from read_lines(unpacked, limit=limit, **start)
+            lines = Lines(unpacked, offset=self._offset, stop=self._stop_offset)
+            yield from read_lines(lines, limit=limit, **start)
+            self.num_lines += lines.count
         elif separator is None:
             yield from read_parts(unpacked, limit=limit, **start)
         else:
@@ -130,6 +156,15 @@ def find_files(spec: str | os.PathLike[str]) -> list[Path]:
     for file in files:
         form_of(file.name, name=str(file))
     return files
+
+
+def embedded_between(start: int, stop: int) -> tuple[int, int]:
+    """How many documents of the embedded corpus are before those that start at these bytes, and up to their end."""
+    first = last = place = 0
+    for document in embedded_documents():
+        first, last = first + (place < start), last + (place < stop)
+        place += len(document.encode())
+    return first, last
 
 
 def local_files(spec: str | os.PathLike[str]) -> list[DataFile]:

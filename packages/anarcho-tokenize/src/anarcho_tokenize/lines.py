@@ -22,7 +22,37 @@ _JSON_TYPES = {
 }
 
 
-def read_lines(stream: BufferedIOBase, *, name: str, row: int, offset: int, limit: int) -> Iterator[Row]:
+class Lines:
+    """The lines of a stream that start before the byte `stop`, or all; the stream stands at `offset`, where a line starts."""
+
+    def __init__(self, stream: BufferedIOBase, *, offset: int, stop: int | None) -> None:
+        self.count = 0
+        """Lines begun so far."""
+        self._stream = stream
+        self._offset = offset
+        self._stop = stop
+        self._is_between = True
+
+    def readline(self, limit: int) -> bytes:
+        """As of a stream: at most so many bytes of a line; nothing at the end."""
+        if self._is_between and self._stop is not None and self._offset >= self._stop:
+            return b""
+        data = self._stream.readline(limit)
+        self.count += self._is_between and bool(data)
+        self._is_between = data.endswith(b"\n")
+        self._offset += len(data)
+        return data
+
+
+def line_start(stream: BufferedIOBase, at: int) -> int:
+    """The byte at which the first line starts that does not start before byte `at`."""
+    if not at:
+        return 0
+    stream.seek(at - 1)
+    return at - 1 + _skip_line(stream)
+
+
+def read_lines(stream: BufferedIOBase | Lines, *, name: str, row: int, offset: int, limit: int) -> Iterator[Row]:
     """JSON objects, one a line; lines without any text are no rows."""
     while line := stream.readline(limit + 1):
         row += 1
@@ -91,7 +121,7 @@ def _split(stream: BufferedIOBase, separator: bytes, *, limit: int) -> Iterator[
     yield (bytes(pending) if not dropped else head), length, length <= limit
 
 
-def _skip_line(stream: BufferedIOBase) -> int:
+def _skip_line(stream: BufferedIOBase | Lines) -> int:
     """Read on to the end of a line; the number of bytes."""
     count = 0
     while rest := stream.readline(_CHUNK_BYTES):

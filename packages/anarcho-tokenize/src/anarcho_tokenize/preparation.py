@@ -16,10 +16,12 @@ from anarcho_tokenize.chunks import RowSource
 from anarcho_tokenize.config import DataConfig
 from anarcho_tokenize.directory import CONSUMED_FILE, LOCK_FILE, STATE_FILE
 from anarcho_tokenize.durable import replace_file, sync_directory
+from anarcho_tokenize.encoded import EncodedRow
 from anarcho_tokenize.errors import ShardError, SourceError
 from anarcho_tokenize.loading import AnyTokenizer
 from anarcho_tokenize.production import PreparationReport, Production
 from anarcho_tokenize.rows import digest_of, texts_of
+from anarcho_tokenize.shared_work import refuse_shares
 from anarcho_tokenize.sources import BadRow, Example, Examples, check_source
 
 
@@ -41,6 +43,7 @@ def prepare_shards(
     Raises FileNotFoundError or SourceError for a source that cannot be read or has too many bad rows, NetworkError where the network
     stays away, ShardError where the directory holds something else or a part that is wanted would be empty.
     """
+    refuse_shares(Path(directory))
     if not Path(directory, STATE_FILE).exists():
         check_source(config)  # a source that is not there leaves no directory behind
 
@@ -97,6 +100,7 @@ def read_texts(config: DataConfig, *, notify: Callable[[str], None] | None = Non
     for item in Examples(config, on_retry=notify):
         if isinstance(item, Example):
             num_texts += 1
+            assert not isinstance(item.content, EncodedRow), "nothing was recorded"
             yield from texts_of(item.content)
         elif isinstance(item, BadRow):
             bad = bad or [item]

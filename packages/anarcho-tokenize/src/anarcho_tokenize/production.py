@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,13 +33,14 @@ from anarcho_tokenize.directory import (
     validation_bound,
 )
 from anarcho_tokenize.durable import json_document, replace_file, sync
+from anarcho_tokenize.encoded import EncodedDocument, EncodedRow, NotRecordedError
 from anarcho_tokenize.errors import ShardError, SourceError
 from anarcho_tokenize.loading import AnyTokenizer
 from anarcho_tokenize.rows import Content, Preference, texts_of
 from anarcho_tokenize.shard_writer import ShardWriter
 from anarcho_tokenize.shards import FORMAT, VERSION
 from anarcho_tokenize.sources import BadRow
-from anarcho_tokenize.workers import EncodedDocument, Encoder
+from anarcho_tokenize.workers import Encoder
 
 _LEAST_ROWS = 1000
 _SMALL_SOURCE_BYTES = 8 * 2**20
@@ -90,14 +91,19 @@ class Production:
         config: DataConfig,
         *,
         open_source: OpenSource,
+        recorded: OpenSource | None = None,
         budget: int | None = None,
+        earlier_seconds: float = 0.0,
     ) -> None:
+        """`recorded` gives rows that were encoded before, as far as there are such; `earlier_seconds` is how long that took."""
         self._directory = directory
         self._tokenizer = tokenizer
         self._config = config
         self._plan = plan_of(config, tokenizer)
         self._open_source = open_source
+        self._recorded = recorded
         self._budget = budget
+        self._earlier_seconds = earlier_seconds
         self._validation_bound = validation_bound(config)
         self._reader: ChunkReader | None = None
 
@@ -123,7 +129,24 @@ class Production:
         """Read, encode and write to the end; returns at once where that was done before."""
         if self._complete:
             return self.report()
-        source = self._open_source(self._position, None if self._seen is None else self._is_duplicate)
+        if self._recorded is not None:
+            try:
+                self._read(self._recorded, on_progress)
+            except NotRecordedError:
+                if self._seen is not None:
+                    self._seen.rewind(self._num_chunks)
+                self._read(self._open_source, on_progress)
+        else:
+            self._read(self._open_source, on_progress)
+        self._check_rate(at_end=True)
+        self._check_parts()
+        self._complete = True
+        self._commit()
+        return self.report()
+
+    def _read(self, open_source: OpenSource, on_progress: Callable[[PreparationReport], None] | None) -> None:
+        """Read and encode what comes after the chunks so far."""
+        source = open_source(self._position, None if self._seen is None else self._is_duplicate)
         self._publish()
         self._reader = ChunkReader(
             source,
@@ -132,7 +155,8 @@ class Production:
             shard_tokens=self._config.shard_tokens,
             validation_fraction=self._config.validation_fraction,
         )
-        with Encoder(self._tokenizer, num_workers=self._num_workers(source)) as encoder:
+        num_workers = num_workers_for(self._config, source.progress[1]) if open_source is self._open_source else 0
+        with Encoder(self._tokenizer, num_workers=num_workers) as encoder:
             chunks = encoder.encode((chunk, chunk.contents) for chunk in self._reader)
             while not self._has_enough() and (encoded := next(chunks, None)) is not None:
                 self._take(*encoded)
@@ -140,29 +164,15 @@ class Production:
                     self._commit()
                 if on_progress is not None:
                     on_progress(self.report())
-        self._check_rate(at_end=True)
-        self._check_parts()
-        self._complete = True
-        self._commit()
-        return self.report()
 
     def report(self) -> PreparationReport:
         """How far it is."""
-        dropped = dict(self._counts.dropped)
-        tokens, num_bytes = self._written("tokens"), self._written("bytes")
-        return PreparationReport(
-            rows=self._counts.rows,
-            documents=self._written("documents"),
-            tokens=tokens,
-            bytes=num_bytes,
-            bytes_per_token=num_bytes / tokens if tokens else 0.0,
+        return report_of(
+            self._counts,
+            {count: self._written(count) for count in ("documents", "tokens", "bytes")},
             validation_tokens=self._writers[VALIDATION].num_tokens,
-            quarantined=self._counts.quarantined,
-            duplicates=dropped.pop("duplicate", 0),
-            filtered=dropped,
             seconds=self._seconds(),
-            source_bytes=self._progress[0],
-            source_total_bytes=self._progress[1],
+            progress=self._progress,
         )
 
     def _restore(self, resources: ExitStack) -> None:
@@ -173,7 +183,7 @@ class Production:
         self._progress: tuple[int, int | None] = tuple(state.get("progress", (0, None)))
         self._num_chunks: int = state.get("chunks", 0)
         self._counts = Counts(**state.get("counts", {}))
-        self._earlier_seconds: float = state.get("seconds", 0.0)
+        self._earlier_seconds: float = state.get("seconds", self._earlier_seconds)
         self._started = time.monotonic()
         header = self._header()
         self._writers: dict[str, ShardWriter] = {}
@@ -203,22 +213,16 @@ class Production:
             "plan_sha256": hashlib.sha256(json.dumps(self._plan, sort_keys=True).encode()).hexdigest(),
         }
 
-    def _num_workers(self, source: RowSource) -> int:
-        if self._config.num_workers is not None:
-            return self._config.num_workers
-        total = source.progress[1]
-        return 0 if total is not None and total < _SMALL_SOURCE_BYTES else num_cores()
-
     def _is_duplicate(self, key: bytes) -> bool:
         assert self._seen is not None
         assert self._reader is not None
         return self._seen.add(key, chunk=self._reader.number)
 
-    def _take(self, chunk: Chunk, rows: list[tuple[EncodedDocument, ...]]) -> None:
+    def _take(self, chunk: Chunk, rows: Sequence[tuple[EncodedDocument, ...]]) -> None:
         """Append a chunk's documents; what holds behind it is what a commit would note now."""
         for content, part, documents in zip(chunk.contents, chunk.parts, rows, strict=True):
             if part == TRAIN or not self._validation_is_full():
-                for document, num_bytes in zip(documents, _document_bytes(content), strict=True):
+                for document, num_bytes in zip(documents, document_bytes(content), strict=True):
                     self._writers[part].add(document.ids, document.mask, num_bytes=num_bytes)
         for bad in chunk.bad:
             self._quarantine.write((json.dumps(asdict(bad), ensure_ascii=True) + "\n").encode())
@@ -334,8 +338,56 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _document_bytes(content: Content) -> list[int]:
+def num_workers_for(config: DataConfig, source_bytes: int | None) -> int:
+    """Processes that encode a source of so many bytes, or of unknown size; 0 for none beside the reader."""
+    if config.num_workers is not None:
+        return config.num_workers
+    return 0 if source_bytes is not None and source_bytes < _SMALL_SOURCE_BYTES else num_cores()
+
+
+def report_of(
+    counts: Counts,
+    written: Mapping[str, int],
+    *,
+    validation_tokens: int,
+    seconds: float,
+    progress: tuple[int, int | None],
+) -> PreparationReport:
+    """The report of what was met in the sources, and written of it: `documents`, `tokens`, `bytes`."""
+    dropped = dict(counts.dropped)
+    tokens = written["tokens"]
+    return PreparationReport(
+        rows=counts.rows,
+        documents=written["documents"],
+        tokens=tokens,
+        bytes=written["bytes"],
+        bytes_per_token=written["bytes"] / tokens if tokens else 0.0,
+        validation_tokens=validation_tokens,
+        quarantined=counts.quarantined,
+        duplicates=dropped.pop("duplicate", 0),
+        filtered=dropped,
+        seconds=seconds,
+        source_bytes=progress[0],
+        source_total_bytes=progress[1],
+    )
+
+
+def finished_report(state: Mapping[str, Any]) -> PreparationReport:
+    """The report of a preparation that is complete, by its production.json."""
+    shards = [shard for part in PARTS for shard in state[part]]
+    return report_of(
+        Counts(**state["counts"]),
+        {count: sum(shard[count] for shard in shards) for count in ("documents", "tokens", "bytes")},
+        validation_tokens=sum(shard["tokens"] for shard in state[VALIDATION]),
+        seconds=state["seconds"],
+        progress=tuple(state["progress"]),
+    )
+
+
+def document_bytes(content: Content | EncodedRow) -> Sequence[int]:
     """UTF-8 bytes of each document that a row is stored as."""
+    if isinstance(content, EncodedRow):
+        return content.num_bytes
     if not isinstance(content, Preference):
         return [sum(len(text.encode()) for text in texts_of(content))]
     answers = (content.chosen, content.rejected)

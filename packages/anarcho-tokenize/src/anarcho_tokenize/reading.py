@@ -2,7 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from anarcho_tokenize.judging import Judged
 
 EXCERPT_CHARACTERS = 200
 
@@ -17,7 +20,7 @@ class Fault(NamedTuple):
 class Row(NamedTuple):
     """What was read, and where reading goes on after it."""
 
-    value: str | Mapping[str, object] | Fault
+    value: "str | Mapping[str, object] | Fault | Judged"
     number: int
     """Lines, documents or rows of the file up to this one."""
     end: int | None

@@ -7,18 +7,20 @@ leaves out come as `Dropped`. `read_documents` is for scripts: texts alone, and 
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from anarcho_tokenize.config import REMOTE, DataConfig, SourceConfig
+from anarcho_tokenize.config import REMOTE, DataConfig
+from anarcho_tokenize.encoded import EncodedRow
 from anarcho_tokenize.errors import SourceError
-from anarcho_tokenize.feeds import Feed, Place, local_catalog
+from anarcho_tokenize.feeds import Catalog, Feed, Place, Rows, local_catalog
 from anarcho_tokenize.files import EMBEDDED, find_files, require_modules
-from anarcho_tokenize.filters import EMPTY, Reason, check_texts, filter_row
+from anarcho_tokenize.filters import EMPTY, Reason
+from anarcho_tokenize.judging import Judged, Taken, Verdict, judge
 from anarcho_tokenize.mixture import next_source
-from anarcho_tokenize.reading import Fault, Row, excerpt_of
-from anarcho_tokenize.rows import Content, RowError, content_of, digest_of
+from anarcho_tokenize.reading import Fault, Row
+from anarcho_tokenize.rows import Content
 from anarcho_tokenize.transport import NetworkError
 
 __all__ = [
@@ -41,7 +43,7 @@ _VERSION = 1
 class Example:
     """A row that is taken."""
 
-    content: Content
+    content: Content | EncodedRow
     num_bytes: int
     """UTF-8 bytes of its texts."""
     digest: bytes
@@ -77,11 +79,24 @@ class Dropped:
     reason: Reason
 
 
+class Recording(Protocol):
+    """Rows that were read and judged before."""
+
+    def catalog(self, source: int) -> Callable[[str | None], Catalog]:
+        """Gives the files of a source of the mixture, as they were then."""
+        ...
+
+    def files(self, source: int) -> Callable[[int, Place], Rows]:
+        """Opens what was recorded of a file of a source, by the file's number, at a place."""
+        ...
+
+
 class Examples:
     """Iterates over a source or a mixture.
 
     `position` goes on where another one was. `is_duplicate` is asked, if `config.deduplicate`, whether it has seen a key of 16 bytes, once
-    for each row that the filters have let through. `on_retry` is told in a line of each network failure that is waited for.
+    for each row that the filters have let through. `on_retry` is told in a line of each network failure that is waited for. A `recording`
+    of the rows is read in place of the sources.
 
     Iterating raises SourceError where nothing more can be read (a changed source, a missing module, a disk that fails), and NetworkError
     after the last attempt; files that do not exist are a FileNotFoundError at construction.
@@ -95,13 +110,16 @@ class Examples:
         is_duplicate: Callable[[bytes], bool] | None = None,
         on_retry: Callable[[str], None] | None = None,
         sleep: Callable[[float], None] | None = None,
+        recording: Recording | None = None,
     ) -> None:
         self._config = config
         self._is_duplicate = is_duplicate if config.deduplicate else None
         self._feeds = [
-            _feed(config, number, source, on_retry=on_retry, sleep=sleep)
-            for number, source in enumerate(config.mixture)
+            open_feed(config, number, on_retry=on_retry, sleep=sleep) for number in range(len(config.mixture))
         ]
+        for feed in self._feeds if recording is not None else ():
+            assert recording is not None
+            feed.find, feed.recorded = recording.catalog(feed.number), recording.files(feed.number)
         if position is not None:
             self._restore(position)
         for feed in self._feeds:
@@ -113,7 +131,7 @@ class Examples:
         while not is_over and (feed := self._next_feed()) is not None:
             row = feed.read()
             if row is not None:
-                yield self._judge(feed, row)
+                yield self._example(feed, row)
                 continue
             feed.end_pass()
             is_over = self._is_over
@@ -153,42 +171,29 @@ class Examples:
         )
         return None if number is None else self._feeds[number]
 
-    def _judge(self, feed: Feed, row: Row) -> Example | BadRow | Dropped:
-        value = row.value
-        if isinstance(value, Fault):
-            return _bad(row.place, value)
-        try:
-            content = self._content(feed, value)
-        except RowError as error:
-            return _bad(row.place, Fault(str(error), _excerpt(value)))
-        num_bytes = check_texts(content, limit=self._config.max_document_bytes)
-        if isinstance(num_bytes, Fault):
-            return _bad(row.place, num_bytes)
-        verdict = filter_row(feed.source, value, content)
+    def _example(self, feed: Feed, row: Row) -> Example | BadRow | Dropped:
+        verdict = self._verdict(feed, row)
         if isinstance(verdict, Fault):
-            return _bad(row.place, verdict)
-        digest = digest_of(content)
-        passes = feed.place.passes
-        if verdict is None and self._is_duplicate is not None and self._is_duplicate(_key(digest, passes)):
-            verdict = "duplicate"
-        if verdict is not None:
+            return BadRow(place=row.place, reason=verdict.reason, excerpt=verdict.excerpt)
+        if not isinstance(verdict, Taken):
             return Dropped(source=feed.number, reason=verdict)
-        feed.place.taken_bytes += num_bytes
+        passes = feed.place.passes
+        if self._is_duplicate is not None and self._is_duplicate(_key(verdict.digest, passes)):
+            return Dropped(source=feed.number, reason="duplicate")
+        feed.place.taken_bytes += verdict.num_bytes
         return Example(
-            content=content,
-            num_bytes=num_bytes,
-            digest=digest,
+            content=verdict.content,
+            num_bytes=verdict.num_bytes,
+            digest=verdict.digest,
             source=feed.number,
             repeated=passes > 0,
             place=row.place,
         )
 
-    def _content(self, feed: Feed, value: str | Mapping[str, object]) -> Content:
-        if not isinstance(value, str):
-            return content_of(value, kind=self._config.kind, text_field=feed.text_field)
-        if self._config.kind != "text":
-            raise RowError(f"The document is plain text; expected a row of the kind {self._config.kind}.")
-        return value
+    def _verdict(self, feed: Feed, row: Row) -> Verdict:
+        if isinstance(row.value, Judged):
+            return row.value.verdict
+        return judge(self._config, feed.source, row.value, text_field=feed.text_field)
 
     def _restore(self, position: Mapping[str, Any]) -> None:
         sources = position.get("sources", ())
@@ -255,30 +260,36 @@ def check_source(config: DataConfig) -> None:
                 )
 
 
-def _feed(config: DataConfig, number: int, source: SourceConfig, **network: Any) -> Feed:
+def open_feed(
+    config: DataConfig,
+    number: int,
+    *,
+    on_retry: Callable[[str], None] | None = None,
+    sleep: Callable[[float], None] | None = None,
+) -> Feed:
+    """The reader of one source of the configuration, which has not looked for its files yet."""
+    source = config.mixture[number]
     spec = source.source
 
-    def find(revision: str | None) -> Any:
+    def find(revision: str | None) -> Catalog:
         if not is_remote(spec):
             return local_catalog(spec, kind=config.kind)
         from anarcho_tokenize.hub import remote_catalog
 
-        return remote_catalog(spec, revision=revision, retries=config.network_retries, **network)
+        retries = config.network_retries
+        return remote_catalog(spec, revision=revision, retries=retries, on_retry=on_retry, sleep=sleep)
 
     return Feed(source, number, config.kind, config.max_document_bytes, find)
+
+
+def start_of(identities: Iterable[dict[str, Any] | None]) -> dict[str, Any]:
+    """The position before the first row of sources that must be these."""
+    return {
+        "version": _VERSION,
+        "sources": [{"identity": identity, "place": asdict(Place())} for identity in identities],
+    }
 
 
 def _key(digest: bytes, passes: int) -> bytes:
     """What names a row among those of all sources, another one in each pass."""
     return (hashlib.sha256(passes.to_bytes(8) + digest).digest() if passes else digest)[:16]
-
-
-def _bad(place: str, fault: Fault) -> BadRow:
-    return BadRow(place=place, reason=fault.reason, excerpt=fault.excerpt)
-
-
-def _excerpt(value: str | Mapping[str, object]) -> str:
-    """The beginning of a row, of which each column is shortened, since it may hold megabytes."""
-    if isinstance(value, str):
-        return excerpt_of(value)
-    return excerpt_of(repr({name: item[:80] if isinstance(item, str | list) else item for name, item in value.items()}))

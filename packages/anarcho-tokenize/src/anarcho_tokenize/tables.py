@@ -37,6 +37,26 @@ def read_table(stream: BufferedIOBase, *, name: str, reading: Reading, row: int)
         yield Row(Fault(f"cannot be read as Parquet ({error}); expected a whole, valid file."), 0, None, name)
 
 
+def rows_between(stream: BufferedIOBase, start: int, stop: int) -> tuple[int, int | None]:
+    """How many rows are before the row groups that start at these bytes, counted as stored, and up to their end; of a damaged file all."""
+    pyarrow = require_pyarrow(getattr(stream, "name", "A table"))
+    from pyarrow import parquet
+
+    try:
+        metadata = parquet.read_metadata(stream)
+    except (pyarrow.ArrowException, OSError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise
+        return 0, None
+    place = row = 0
+    rows: list[int] = []
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        rows += [row, row + group.num_rows] if start <= place < stop else []
+        place += sum(group.column(number).total_compressed_size for number in range(group.num_columns))
+        row += group.num_rows
+    return (rows[0], rows[-1]) if rows else (row, row)
+
+
 def _rows(stream: BufferedIOBase, *, name: str, reading: Reading, row: int) -> Iterator[Row]:
     from pyarrow import parquet
 

@@ -9,16 +9,16 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from anarcho_tokenize.chat import encode_conversation, encode_preference
+from anarcho_tokenize.encoded import EncodedDocument, EncodedRow
 from anarcho_tokenize.errors import ShardError
 from anarcho_tokenize.loading import AnyTokenizer, tokenizer_of_bytes
 from anarcho_tokenize.rows import Content, Preference
@@ -33,16 +33,10 @@ class KilledError(ShardError):
 Tag = TypeVar("Tag")
 
 
-class EncodedDocument(NamedTuple):
-    """One document as its part's shards store it."""
-
-    ids: npt.NDArray[np.int32]
-    mask: npt.NDArray[np.uint8] | None
-    """1 where a token counts as a target; None for a text, of which every token does."""
-
-
-def encode(tokenizer: AnyTokenizer, content: Content) -> tuple[EncodedDocument, ...]:
+def encode(tokenizer: AnyTokenizer, content: Content | EncodedRow) -> tuple[EncodedDocument, ...]:
     """The documents of a row: of a text or a conversation one, of a preference the chosen and the rejected answer with their prompt."""
+    if isinstance(content, EncodedRow):
+        return content.documents
     if isinstance(content, str):
         return (EncodedDocument(np.append(tokenizer.encode_array(content), np.int32(tokenizer.eot_id)), None),)
     if isinstance(content, Preference):
@@ -73,7 +67,7 @@ class Encoder:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def encode(
-        self, chunks: Iterable[tuple[Tag, list[Content]]]
+        self, chunks: Iterable[tuple[Tag, Sequence[Content | EncodedRow]]]
     ) -> Iterator[tuple[Tag, list[tuple[EncodedDocument, ...]]]]:
         """Yield each chunk's tag with its rows' documents, in order; chunks are taken only a few ahead of those that are yielded.
 
@@ -120,5 +114,5 @@ def _end_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-def _encode_chunk(contents: list[Content]) -> list[tuple[EncodedDocument, ...]]:
+def _encode_chunk(contents: Sequence[Content | EncodedRow]) -> list[tuple[EncodedDocument, ...]]:
     return [encode(_tokenizer, content) for content in contents]
