@@ -8,7 +8,8 @@ import sys
 
 import pytest
 from anarcho_cli.config import resolve
-from anarcho_cli.launching import LaunchError, connected, transport
+from anarcho_cli.launcher import Order
+from anarcho_cli.launching import LaunchError, connected, is_restarted, transport
 from anarcho_train import Alone
 
 
@@ -76,3 +77,27 @@ def test_a_process_alone_loads_no_mlx_to_find_that_out():
 
 def test_alone_says_its_own_numbers():
     assert Alone().gathered([1.0, 2.0]).tolist() == [[1.0, 2.0]]
+
+
+def test_launch_is_torchrun_for_one_machine_with_the_command_as_it_stands():
+    order = Order(processes=4, max_restarts=2, command=("pretrain", "--name", "run", "--set", "optim.lr=0.1"))
+    assert order.here() == [
+        *("--standalone", "--nproc-per-node", "4", "--max-restarts", "2", "-m", "anarcho_cli"),
+        *("pretrain", "--name", "run", "--set", "optim.lr=0.1"),
+    ]
+    assert order.elsewhere().startswith("torchrun --nnodes MACHINES --rdzv-backend c10d")
+    assert order.elsewhere().endswith("-m anarcho_cli pretrain --name run --set optim.lr=0.1")
+
+
+def test_what_launch_cannot_start_is_refused_before_torch_is_loaded():
+    with pytest.raises(LaunchError, match="expected a command that trains after `--`"):
+        Order(processes=2, max_restarts=0, command=("generate", "runs/run"))
+    with pytest.raises(LaunchError, match="give the command --name NAME, or --resume RUN"):
+        Order(processes=2, max_restarts=1, command=("pretrain",))
+
+
+def test_only_processes_that_torchrun_starts_again_are_restarted():
+    assert not is_restarted(TORCHRUN)
+    assert not is_restarted(TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "0"})
+    assert is_restarted(TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "1"})
+    assert not is_restarted({"TORCHELASTIC_RESTART_COUNT": "1"}), "one process alone begins anew"

@@ -58,6 +58,11 @@ def transport(environ: Mapping[str, str]) -> str | None:
     return "mpi" if any(_number(environ.get(name)) > 1 for name in _MPI_SIZES) else None
 
 
+def is_restarted(environ: Mapping[str, str]) -> bool:
+    """Whether torchrun has started the processes of this run again, after one had failed."""
+    return transport(environ) == TORCHRUN and _number(environ.get("TORCHELASTIC_RESTART_COUNT")) > 0
+
+
 @contextmanager
 def connected(config: RunConfig, *, backend: str) -> Iterator[Ranks]:
     """The processes that train together: this one alone, unless it was started with others. All leave the block together."""

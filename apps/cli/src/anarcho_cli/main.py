@@ -21,6 +21,7 @@ from anarcho_cli.commands import (
     export,
     generate,
     import_,
+    launch,
     pipeline,
     plan,
     pretrain,
@@ -47,6 +48,7 @@ app.command("plan")(plan.plan)
 app.command("pretrain")(pretrain.pretrain)
 app.command("sft")(tune.sft)
 app.command("preference")(tune.preference)
+app.command("launch", context_settings=launch.CONTEXT)(launch.launch)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -235,26 +236,24 @@ def start_run(
 
     from anarcho_cli import compose
     from anarcho_cli.devices import resolve_backend
-    from anarcho_cli.launching import connected
+    from anarcho_cli.launching import connected, is_restarted
 
     resolve_backend(backend)
     if diagnostics is not None:
         diagnostics.require_possible(backend=backend.value)
     with connected(config, backend=backend.value) as ranks:
-        directory = runs_dir
+        directory, begun = runs_dir, False
         with after_first(ranks):
             if ranks.rank == 0:  # Which alone needs the text, and knows the time that all name the run after.
-                directory = new_directory()
-        summary = compose.train(
-            config,
-            run_directory=runs_dir / told(ranks, directory.name),
-            backend=backend.value,
-            device=chosen_device(device, backend=backend),
-            tokenizer_path=tokenizer,
-            base=base,
-            ranks=ranks,
-            diagnostics=diagnostics,
-        )
+                begun = name is not None and is_restarted(os.environ) and (runs_dir / name).is_dir()
+                directory = runs_dir / name if name is not None and begun else new_directory()
+        directory = runs_dir / told(ranks, directory.name)
+        place = {"backend": backend.value, "device": chosen_device(device, backend=backend)}
+        common: dict[str, Any] = {**place, "ranks": ranks, "diagnostics": diagnostics}
+        if told(ranks, "begun" if begun else ""):
+            summary = compose.resume(directory, **common)
+        else:
+            summary = compose.train(config, run_directory=directory, tokenizer_path=tokenizer, base=base, **common)
         finish(summary, json=json)
 
 
