@@ -1,0 +1,159 @@
+"""One of several ranks of PyTorch, as what a process runs: the steps of a small training, some of them with a fault, and what came of them.
+
+Each rank leaves ``rank-N.json`` in the directory: a list of what happened by the name of the case.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from anarcho_train import OutOfMemory, RankLost, StepSchedule, TrainConfig
+from anarcho_train.steps.torch import TorchStep
+from anarcho_train.steps.torch_ranks import TorchRanks
+from torch import nn
+
+RANK = "__torch_rank__"
+MICRO = 2
+SILENT_SECONDS = 1.0
+
+
+class Layers(nn.Module):
+    """A model with enough parameters for two buckets of gradients, whose backward pass can be made to fail."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(13, 8)
+        self.hidden = nn.Linear(8, 8)
+        self.wide = nn.Linear(8, 40_000)
+        self.head = nn.Linear(8, 13, bias=False)
+        self.fails: Callable[[], None] = lambda: None
+
+    def token_logprobs(self, tokens: torch.Tensor, targets: torch.Tensor, **_: Any) -> torch.Tensor:
+        embedded = self.embedding(tokens)
+        if embedded.requires_grad:
+            embedded.register_hook(lambda gradient: self.fails())
+        hidden = self.hidden(embedded).tanh()
+        logits = self.head(hidden + 1e-3 * self.wide(hidden)[..., :8])
+        return logits.log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
+
+
+def make_step(ranks: TorchRanks) -> TorchStep:
+    torch.manual_seed(0)
+    model = Layers()
+    return TorchStep(
+        model,
+        torch.optim.AdamW(model.parameters(), lr=0.05),
+        config=TrainConfig(precision="float32", compile="off"),
+        save_model=lambda model, directory: None,
+        load_model=lambda model, directory: None,
+        ranks=ranks,
+    )
+
+
+def share(number: int, ranks: TorchRanks, *, broken: bool = False) -> list[Any]:
+    """This rank's micro-batches of eight rows, contiguous; where the step is broken, a weight of the last row is no number."""
+    from types import SimpleNamespace
+
+    tokens = (np.arange(8)[:, None] * 5 + np.arange(4) + number) % 13
+    weights = np.ones(tokens.shape, np.float32)
+    weights[1, 2:] = 0
+    weights[-1, 0] = np.nan if broken else 1
+    rows = {"tokens": tokens.astype(np.int32), "targets": ((tokens + 1) % 13).astype(np.int32), "weights": weights}
+    count = len(tokens) // ranks.size
+    starts = range(ranks.rank * count, (ranks.rank + 1) * count, MICRO)
+    parts = [{name: array[start : start + MICRO] for name, array in rows.items()} for start in starts]
+    return [SimpleNamespace(**part, positions=None, segments=None) for part in parts]
+
+
+@contextmanager
+def no_memory(step: TorchStep, *, where: str):
+    """Memory runs out in the second half of this rank's step: in a forward pass, or in the last backward pass when others exchange."""
+    calls = [0]
+
+    def fail() -> None:
+        calls[0] += 1
+        if calls[0] == 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+    model: Any = step.model
+    own = model.token_logprobs
+
+    def forward(*arguments: Any, **named: Any) -> torch.Tensor:
+        fail()
+        return own(*arguments, **named)
+
+    if where == "forward":
+        step._logprobs = forward
+    else:
+        model.fails = fail
+    try:
+        yield
+    finally:
+        step._logprobs, model.fails = own, lambda: None
+
+
+def train(ranks: TorchRanks) -> dict[str, Any]:
+    """Four steps, the third of them broken; between them the second is tried with too little memory in the last rank."""
+    step, found = make_step(ranks), []
+    for number in range(4):
+        schedule = StepSchedule(lr_scale=1 / (number + 1), number=number, measure_update=number == 1)
+        if number == 1 and ranks.size > 1:
+            for where in ("forward", "backward"):
+                tried = "nothing was raised"
+                try:
+                    if ranks.rank == ranks.size - 1:
+                        with no_memory(step, where=where):
+                            step.train(share(number, ranks), schedule=schedule)
+                    else:
+                        step.train(share(number, ranks), schedule=schedule)
+                except OutOfMemory as error:
+                    tried = f"{error}, torn {error.torn}"
+                found.append(tried)
+        found.append(asdict(step.train(share(number, ranks, broken=number == 2), schedule=schedule)))
+    weights = [float(p.detach().double().sum()) for p in step.model.parameters()]
+    return {"steps": found, "weights": weights}
+
+
+def silence(rank: int) -> dict[str, Any]:
+    """Rank 1 says nothing for longer than rank 0 waits; every later exchange of rank 0 fails at once."""
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=SILENT_SECONDS))
+    ranks = TorchRanks(group, timeout_seconds=SILENT_SECONDS)
+    if rank:
+        time.sleep(3 * SILENT_SECONDS)
+        return {}
+    messages, began = [], time.monotonic()
+    for _ in range(2):
+        try:
+            ranks.gathered([1.0])
+        except RankLost as error:
+            messages.append(str(error))
+    return {"messages": messages, "seconds": time.monotonic() - began}
+
+
+def main(rank: int, size: int, directory: str) -> None:
+    torch.set_num_threads(1)
+    if size == 1:
+        outcome = {"trained": train(TorchRanks())}
+    else:
+        rendezvous = f"file://{directory}/rendezvous"
+        dist.init_process_group(
+            "gloo", init_method=rendezvous, rank=rank, world_size=size, timeout=timedelta(seconds=30)
+        )
+        outcome = {"trained": train(TorchRanks(dist.group.WORLD, timeout_seconds=30)), "silence": silence(rank)}
+    (Path(directory) / f"rank-{size}-{rank}.json").write_text(json.dumps(outcome))
+
+
+if __name__ == RANK:
+    main(*globals()["TOLD"])
+    sys.stdout.flush()
