@@ -33,14 +33,18 @@ def connect(*, timeout_seconds: float) -> TorchRanks:
     from anarcho_train.steps.torch_ranks import TorchRanks
 
     try:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_seconds))
+        timeout = timedelta(seconds=timeout_seconds)
+        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        # Where torchrun keeps the store when it starts processes again, there are the addresses of those before.
+        fresh = dist.PrefixStore(f"attempt-{_number(os.environ, 'TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("gloo", store=fresh, rank=rank, world_size=size, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise RankLost(
             f"the other processes of this run cannot be reached at {place} ({' '.join(str(error).split())[:160]}); see that torchrun "
             "names the right address and that no firewall is between them"
         ) from error
-    local = _local(os.environ, "LOCAL_RANK", 0)
+    local = _number(os.environ, "LOCAL_RANK", 0)
     if local < torch.cuda.device_count():
         torch.cuda.set_device(local)
     return TorchRanks(dist.group.WORLD, timeout_seconds=timeout_seconds)
@@ -54,7 +58,7 @@ def require_devices(device: str) -> None:
         return
     if device != "cuda":
         raise ProcessesError(f"several processes train on --device cpu or cuda, not on {device}; start one process")
-    local, count = _local(os.environ, "LOCAL_RANK", 0), torch.cuda.device_count()
+    local, count = _number(os.environ, "LOCAL_RANK", 0), torch.cuda.device_count()
     if local >= count:
         raise ProcessesError(
             f"process {local} of this machine has no GPU of its own, there are {count}; start at most {count} on it"
@@ -81,7 +85,7 @@ def _strategy(config: RunConfig, ranks: TorchRanks, *, device: str) -> str:
         return config.train.strategy
     memory = plan_run(config, device=device).memory
     needed = memory.weights + memory.gradients + memory.optimizer + memory.optimizer_scratch
-    here = 1 if device == "cuda" else _local(os.environ, "LOCAL_WORLD_SIZE", 1)
+    here = 1 if device == "cuda" else _number(os.environ, "LOCAL_WORLD_SIZE", 1)
     budget = int(USED_SHARE * memory_budget("torch", device) / here)
     if not ranks.gathered([needed > budget]).any():
         return "ddp"
@@ -92,6 +96,6 @@ def _strategy(config: RunConfig, ranks: TorchRanks, *, device: str) -> str:
     return "fsdp"
 
 
-def _local(environ: Mapping[str, str], name: str, default: int) -> int:
+def _number(environ: Mapping[str, str], name: str, default: int) -> int:
     text = environ.get(name, "")
     return int(text) if text.isdigit() else default

@@ -158,6 +158,6 @@ class TorchRanks:
 
 
 def _first_words(text: str) -> str:
-    """What the transport says, without the place in its source and in one line."""
-    line = (text.strip().splitlines() or ["no reason is known"])[0]
-    return line.rpartition("] ")[2][:160] if line.startswith("[") else line[:160]
+    """The transport's first sentence, without the place in its source."""
+    line = (text.strip().splitlines() or ["no reason is known"])[0].split(". ")[0]
+    return line.partition("] ")[2][:160] if line.startswith("[") else line[:160]
