@@ -6,22 +6,24 @@ import json
 
 import pytest
 from anarcho_monitor import read_curve
+from anarcho_tokenize import embedded_documents
 
 from .conftest import settings
 
 SHORT = {
-    "train.steps": 3,
+    "data.validation_fraction": 0.002,
+    "train.steps": 2,
     "train.sequence_length": 256,
     "train.batch_tokens": 512,
     "train.micro_batch": 1,
     "train.compile": "off",
     "train.log_every": 1,
     "train.eval_every": 0,
-    "train.eval_tokens": 1024,
+    "train.eval_tokens": 256,
     "optim.warmup_steps": 1,
-    "data.validation_fraction": 0.01,
     "sample.max_new_tokens": 2,
 }
+"""Two steps of two sequences: from the second on, all that a training keeps is there."""
 
 STOP_BEFORE_TRAINING = "import os\nimport anarcho_cli.compose as compose\ncompose._train = lambda *a, **k: os._exit(0)"
 
@@ -34,7 +36,11 @@ atexit.register(lambda: print("peak", resource.getrusage(resource.RUSAGE_SELF).r
 
 @pytest.mark.slow
 def test_the_reference_model_learns_within_the_forecast_memory(anarcho, tmp_path):
-    options = ["--preset", "reference-137m", "--device", "cpu", *settings(SHORT)]
+    # As little text as 32,000 pieces can be learned from, and a few hundred tokens to evaluate with.
+    text = "".join(document for document in embedded_documents() if len(document) < 10_000)
+    rows = [json.dumps({"text": text[begin : begin + 1000]}) + "\n" for begin in range(0, len(text), 1000)]
+    (tmp_path / "text.jsonl").write_text("".join(rows), encoding="utf-8")
+    options = ["--preset", "reference-137m", "--device", "cpu", "--data", "text.jsonl", *settings(SHORT)]
     plan = json.loads(anarcho("pretrain", *options, "--dry-run", "--json", cwd=tmp_path).stdout)
     assert plan["parameters"] == 137_841_408
     # The text is prepared by a process of its own, whose memory would hide the training's.
