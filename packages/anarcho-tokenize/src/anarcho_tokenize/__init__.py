@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from anarcho_tokenize.importing import import_tokenizer
     from anarcho_tokenize.inspect import TokenizerReport, compare_tokenizers, inspect_tokenizer
     from anarcho_tokenize.loading import AnyTokenizer, load_tokenizer
-    from anarcho_tokenize.merging import ShareStatus, merge_shares, share_statuses
+    from anarcho_tokenize.merging import ShareStatus, merge_shares, missing_ranks, share_statuses
     from anarcho_tokenize.packing import Batch, PackedBatches, SequentialBatches
     from anarcho_tokenize.preparation import prepare_shards, read_texts, release, write_shards
     from anarcho_tokenize.production import PreparationReport
@@ -84,6 +84,7 @@ __all__ = [
     "inspect_tokenizer",
     "load_tokenizer",
     "merge_shares",
+    "missing_ranks",
     "prepare_shards",
     "prepare_share",
     "read_documents",
@@ -115,7 +116,7 @@ _HOMES = {
     "importing": ("import_tokenizer",),
     "inspect": ("TokenizerReport", "compare_tokenizers", "inspect_tokenizer"),
     "loading": ("AnyTokenizer", "load_tokenizer"),
-    "merging": ("ShareStatus", "merge_shares", "share_statuses"),
+    "merging": ("ShareStatus", "merge_shares", "missing_ranks", "share_statuses"),
     "packing": ("Batch", "PackedBatches", "SequentialBatches"),
     "preparation": ("prepare_shards", "read_texts", "release", "write_shards"),
     "production": ("PreparationReport",),

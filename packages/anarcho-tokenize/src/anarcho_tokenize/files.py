@@ -8,6 +8,7 @@ up to there in one that is, by row groups in Parquet. Content that is not as exp
 import glob
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from io import BufferedIOBase, BytesIO
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Literal
 from anarcho_tokenize.config import Kind
 from anarcho_tokenize.corpus import EMBEDDED_BYTES, embedded_documents, embedded_rows
 from anarcho_tokenize.errors import SourceError
-from anarcho_tokenize.lines import Lines, read_lines, read_parts, read_separated
+from anarcho_tokenize.lines import Lines, read_lines, read_parts, read_separated, skip
 from anarcho_tokenize.reading import Fault, Reading, Row
 from anarcho_tokenize.tables import read_table, require_pyarrow
 from anarcho_tokenize.unpacking import COMPRESSIONS, require_zstandard, unpack, unpacking_errors
@@ -42,11 +43,33 @@ class DataFile:
     """For the form `rows`, which a library reads: its rows after so many."""
 
 
+class UnpackedFile:
+    """A compressed file that several readers go through, one behind the other."""
+
+    lines: Lines
+
+    def __init__(self, file: DataFile) -> None:
+        self._file = file
+        self._stream: BufferedIOBase | None = None
+
+    def open(self) -> BufferedIOBase:
+        """The file as it is stored; opens it if need be."""
+        if self._stream is None:
+            self._stream = self._file.open()
+            self.lines = Lines(unpack(self._stream, self._file.compression, name=self._file.name))
+        return self._stream
+
+    def close(self) -> None:
+        """Close it."""
+        if self._stream is not None:
+            self._stream.close()
+
+
 class FileReader:
     """Iterates over the rows of a file, from a row and the byte at which it starts.
 
-    With `stop_offset`, for JSON lines that are not compressed, up to the last one that starts before this byte; with `stop_row`, for
-    tables and the embedded corpus, up to the row of this number.
+    With `stop_row`, for tables and the embedded corpus, up to the row of this number. With `stretch`, for JSON lines, those that start
+    between two bytes, numbered from `row` on; compressed ones come from `unpacked`, which goes from one stretch to the next.
     """
 
     def __init__(
@@ -57,12 +80,14 @@ class FileReader:
         row: int = 0,
         offset: int = 0,
         stop_row: int | None = None,
-        stop_offset: int | None = None,
+        stretch: tuple[int, int | None] | None = None,
+        unpacked: "UnpackedFile | None" = None,
     ) -> None:
         self._stop_row = stop_row
-        self._stop_offset = stop_offset
+        self._stretch = stretch
+        self._unpacked = unpacked
         self.num_lines = row
-        """Lines before the place where reading is, those before the first row included; known at the end of JSON lines."""
+        """`row`, and at the end of a stretch its lines besides."""
         self._file = file
         self._reading = reading
         self._row = row
@@ -73,7 +98,8 @@ class FileReader:
     def __iter__(self) -> Iterator[Row]:
         name = self._file.name
         try:
-            with self._file.open() as self._stream:
+            shared = self._unpacked
+            with self._file.open() if shared is None else nullcontext(shared.open()) as self._stream:
                 try:
                     yield from self._rows(self._stream)
                 finally:
@@ -99,6 +125,9 @@ class FileReader:
 
     def _rows(self, stream: BufferedIOBase) -> Iterator[Row]:
         file, separator = self._file, self._reading.document_separator
+        if self._stretch is not None:
+            yield from self._stretch_rows(stream, *self._stretch)
+            return
         if self._stop_row is not None and self._stop_row <= self._row:
             return
         if file.form == ".parquet":
@@ -120,19 +149,24 @@ class FileReader:
             return
         unpacked = unpack(stream, file.compression, name=file.name)
         if file.compression:
-            _skip(unpacked, self._offset)
+            skip(unpacked, self._offset)
         else:
             unpacked.seek(self._offset)
         start = {"name": file.name, "row": self._row, "offset": self._offset}
         limit = self._reading.max_document_bytes
         if file.form == ".jsonl":
-            lines = Lines(unpacked, offset=self._offset, stop=self._stop_offset)
-            yield from read_lines(lines, limit=limit, **start)
-            self.num_lines += lines.count
+            yield from read_lines(unpacked, limit=limit, **start)
         elif separator is None:
             yield from read_parts(unpacked, limit=limit, **start)
         else:
             yield from read_separated(unpacked, limit=limit, separator=separator.encode(), **start)
+
+    def _stretch_rows(self, stream: BufferedIOBase, start: int, stop: int | None) -> Iterator[Row]:
+        lines = Lines(stream) if self._unpacked is None else self._unpacked.lines
+        lines.go_on(max(start, self._offset), stop=stop, can_seek=self._unpacked is None)
+        limit, offset = self._reading.max_document_bytes, lines.offset
+        yield from read_lines(lines, name=self._file.name, row=self._row, offset=offset, limit=limit)
+        self.num_lines += lines.count
 
 
 def find_files(spec: str | os.PathLike[str]) -> list[Path]:
@@ -220,9 +254,3 @@ def _embedded_rows(row: int) -> Iterator[Row]:
         end += len(document.encode())
         if number > row:
             yield Row(document, number, end, f"{EMBEDDED}, document {number}")
-
-
-def _skip(stream: BufferedIOBase, count: int) -> None:
-    """Read on to a place in a stream that cannot seek."""
-    while count > 0 and (data := stream.read(min(count, 2**20))):
-        count -= len(data)

@@ -8,12 +8,10 @@ what is too much is left aside by the merge, and what is missing it reads from t
 import math
 from collections.abc import Sequence
 
-from anarcho_tokenize.blocks import Block
+from anarcho_tokenize.blocks import MOST_UNPACKED, Block
 from anarcho_tokenize.config import DataConfig
 
 _MARGIN = 1.05
-_MOST_UNPACKED = 8
-"""Bytes of text for a byte of a source of which a rank has no block; a bound, since it is reached by no more than some."""
 
 
 class _Progress:
@@ -48,7 +46,7 @@ class _Progress:
         """Text of the source up to where this rank is, or up to its end, over the source's weight."""
         sizes, unknown = self._others[-1 if at_end else max(0, self.begun - 1)]
         if not self.own and at_end:
-            return math.inf if unknown else sizes * _MOST_UNPACKED / self.weight
+            return math.inf if unknown else sizes * MOST_UNPACKED / self.weight
         if not self.stored_bytes:
             return self.taken_bytes / self.weight
         others = sizes + unknown * self.stored_bytes / max(1, self.begun)

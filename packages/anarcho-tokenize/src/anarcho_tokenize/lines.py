@@ -23,33 +23,44 @@ _JSON_TYPES = {
 
 
 class Lines:
-    """The lines of a stream that start before the byte `stop`, or all; the stream stands at `offset`, where a line starts."""
+    """The lines of a stream, stretch by stretch."""
 
-    def __init__(self, stream: BufferedIOBase, *, offset: int, stop: int | None) -> None:
+    def __init__(self, stream: BufferedIOBase) -> None:
+        """The stream stands at its start."""
+        self.offset = 0
+        """Byte at which it stands."""
         self.count = 0
-        """Lines begun so far."""
+        """Lines of the stretch begun so far."""
         self._stream = stream
-        self._offset = offset
-        self._stop = stop
+        self._stop: int | None = None
         self._is_between = True
+
+    def go_on(self, start: int, *, stop: int | None, can_seek: bool) -> None:
+        """To the first line that starts at byte `start` or later; the last one is the last that starts before `stop`."""
+        if start > self.offset:  # also from the end of the last stretch, which is where a line starts
+            before = start - 1
+            if can_seek:
+                self._stream.seek(before)
+            else:
+                skip(self._stream, before - self.offset)
+            self.offset = before + _skip_line(self._stream)
+        self.count, self._stop, self._is_between = 0, stop, True
 
     def readline(self, limit: int) -> bytes:
         """As of a stream: at most so many bytes of a line; nothing at the end."""
-        if self._is_between and self._stop is not None and self._offset >= self._stop:
+        if self._is_between and self._stop is not None and self.offset >= self._stop:
             return b""
         data = self._stream.readline(limit)
         self.count += self._is_between and bool(data)
         self._is_between = data.endswith(b"\n")
-        self._offset += len(data)
+        self.offset += len(data)
         return data
 
 
-def line_start(stream: BufferedIOBase, at: int) -> int:
-    """The byte at which the first line starts that does not start before byte `at`."""
-    if not at:
-        return 0
-    stream.seek(at - 1)
-    return at - 1 + _skip_line(stream)
+def skip(stream: BufferedIOBase, count: int) -> None:
+    """Read on to a place in a stream that cannot seek."""
+    while count > 0 and (data := stream.read(min(count, 2**20))):
+        count -= len(data)
 
 
 def read_lines(stream: BufferedIOBase | Lines, *, name: str, row: int, offset: int, limit: int) -> Iterator[Row]:

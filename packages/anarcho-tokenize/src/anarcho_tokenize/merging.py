@@ -13,7 +13,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from anarcho_tokenize.blocks import Block
+from anarcho_tokenize.blocks import Block, ListedFile
 from anarcho_tokenize.chunks import RowSource
 from anarcho_tokenize.directory import read_state
 from anarcho_tokenize.encoded import NotRecordedError
@@ -44,6 +44,12 @@ def share_statuses(directory: str | os.PathLike[str]) -> list[ShareStatus]:
     return [] if work is None else [_status(work, work.state(rank)) for rank in range(work.world)]
 
 
+def missing_ranks(directory: str | os.PathLike[str]) -> str:
+    """Which ranks have not begun or are not done, for people; empty where none is missing."""
+    work = read_work(Path(directory))
+    return "" if work is None else _missing(work, [work.state(rank) for rank in range(work.world)])
+
+
 def merge_shares(
     directory: str | os.PathLike[str],
     *,
@@ -66,8 +72,8 @@ def merge_shares(
             return finished_report(state)
         raise ShardError(f"{target} holds nothing to merge; expected the directory of `prepare_shards` with ranks.")
     states = [work.state(rank) for rank in range(work.world)]
-    if not all(state.is_done for state in states):
-        raise ShardError(f"{target} cannot be merged yet: {_missing(work, states)}; run them, and merge then.")
+    if missing := _missing(work, states):
+        raise ShardError(f"{target} cannot be merged yet: {missing}; run what is missing, and merge then.")
     config = work.config if max_bad_share is None else replace(work.config, max_bad_share=max_bad_share)
     recording = _Recording(work, states)
 
@@ -110,10 +116,8 @@ class _Recording:
 
     def files(self, source: int) -> Callable[[int, Place], "_RecordedFile"]:
         def opened(file: int, place: Place) -> _RecordedFile:
-            blocks = [
-                (block, self._segments.get((source, file, block.start), [])) for block in self._blocks[source, file]
-            ]
-            return _RecordedFile(self._work.files[source][file].name, blocks, row=place.row)
+            blocks = [self._segments.get((source, file, block.start), []) for block in self._blocks[source, file]]
+            return _RecordedFile(self._work.files[source][file], blocks, row=place.row)
 
         return opened
 
@@ -121,17 +125,17 @@ class _Recording:
 class _RecordedFile:
     """The rows of a file behind the first so many, as ranks have recorded them block by block."""
 
-    def __init__(self, name: str, blocks: Sequence[tuple[Block, list[tuple[Path, Segment]]]], *, row: int) -> None:
-        self._name = name
+    def __init__(self, file: ListedFile, blocks: Sequence[list[tuple[Path, Segment]]], *, row: int) -> None:
+        """`blocks` are the segments of each block."""
+        self._file = file
         self._blocks = blocks
         self._row = row
         self.stored_bytes = 0
 
     def __iter__(self) -> Iterator[Row]:
         """The rows; raises NotRecordedError where a rank has stopped before the end of its block."""
-        num_lines = 0
-        for block, segments in self._blocks:
-            before = num_lines if block.counts_anew else 0
+        before = 0  # lines, which each block has counted from its own start
+        for segments in self._blocks:
             for file, segment in segments:
                 if segment.offset is not None and before + segment.row <= self._row:
                     continue
@@ -143,7 +147,7 @@ class _RecordedFile:
                         yield self._numbered(row, before)
             if not segments or not segments[-1][1].is_last:
                 raise NotRecordedError
-            num_lines = before + segments[-1][1].num_lines
+            before += segments[-1][1].num_lines if self._file.form == ".jsonl" else 0
             self.stored_bytes = segments[-1][1].stored_bytes
 
     def _numbered(self, row: Row, before: int) -> Row:
@@ -151,7 +155,7 @@ class _RecordedFile:
         if not before:
             return row
         number = before + row.number
-        return row._replace(number=number, place=row.place and f"{self._name}:{number}")
+        return row._replace(number=number, place=row.place and f"{self._file.name}:{number}")
 
 
 def _status(work: SharedWork, state: RankState) -> ShareStatus:
@@ -162,16 +166,14 @@ def _status(work: SharedWork, state: RankState) -> ShareStatus:
 
 
 def _missing(work: SharedWork, states: Sequence[RankState]) -> str:
-    """Which ranks are not done, as a part of a sentence."""
+    """Which ranks are not done, as a part of a sentence; empty where all are."""
     absent = [state.rank for state in states if not state.has_begun]
-    parts = [f"{_ranks(absent)} of {work.world} {'has' if len(absent) == 1 else 'have'} not begun"] if absent else []
+    parts = [f"{_ranks(absent)} {'has' if len(absent) == 1 else 'have'} not begun"] if absent else []
     for state in states:
         if state.has_begun and not state.is_done:
             share = _status(work, state).share
-            parts.append(
-                f"rank {state.rank} of {work.world} is not done" + ("" if share is None else f" ({share:.0%})")
-            )
-    return ", ".join(parts)
+            parts.append(f"rank {state.rank} is not done" + ("" if share is None else f" ({share:.0%})"))
+    return f"of {work.world} ranks, {', '.join(parts)}" if parts else ""
 
 
 def _ranks(ranks: Sequence[int]) -> str:

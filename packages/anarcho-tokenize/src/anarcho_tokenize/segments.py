@@ -46,6 +46,14 @@ class SegmentWriter:
         """Rows so far."""
         return len(self._rows)
 
+    @property
+    def place(self) -> tuple[int, int | None] | None:
+        """Number of the last row, and the byte behind it; None before the first."""
+        if not self._rows:
+            return None
+        number, end, *_ = self._rows[-1]
+        return number, None if end == _NO_END else end
+
     def add(self, row: Row, verdict: Verdict, stored_bytes: int, encoded: EncodedRow | None) -> None:
         """Append a row, with its documents where it is taken."""
         kind = _BAD if isinstance(verdict, Fault) else _TAKEN

@@ -12,7 +12,7 @@ import json
 import secrets
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,10 @@ class Segment:
     """Lines of the block so far, where its rows are numbered from its own start."""
     stored_bytes: int
     """Bytes of the file read so far, as stored."""
+    block_bytes: int
+    """How much of the block's size lies before its end."""
     counts: dict[str, int]
-    """Sums over its rows, see `shares.Tally`."""
+    """Sums over its rows, by name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +118,9 @@ class SharedWork:
 
     def write_state(self, state: RankState) -> None:
         """Note how far a rank is."""
-        values = {"done": state.is_done, "seconds": state.seconds, "segments": [asdict(one) for one in state.segments]}
+        names = [one.name for one in fields(Segment)]  # `asdict` would copy all that does not change
+        segments = [{name: getattr(segment, name) for name in names} for segment in state.segments]
+        values = {"done": state.is_done, "seconds": state.seconds, "segments": segments}
         replace_file(self.folder(state.rank) / _STATE_FILE, json_document(values))
 
 

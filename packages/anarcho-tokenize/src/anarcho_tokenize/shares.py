@@ -15,7 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from anarcho_tokenize.blocks import Block, open_block
+from anarcho_tokenize.blocks import Block, BlockReaders
 from anarcho_tokenize.chunks import CHUNK_BYTES, CHUNK_ROWS, Counts, is_validation
 from anarcho_tokenize.config import DataConfig
 from anarcho_tokenize.directory import LOCK_FILE, plan_of, read_state, require_own
@@ -97,8 +97,11 @@ class _Chunk:
     """Whether it ends the block."""
     num_lines: int = 0
     stored_bytes: int = 0
-    """Bytes of the file read before the first row; once it is sealed, behind the last."""
+    """Bytes of the file read up to its end, as stored."""
+    block_bytes: int = 0
+    """How much of the block's size is before its first row; once it is sealed, before its end."""
     read_bytes: int = 0
+    """How much of the block's size it has."""
 
     def add(self, row: Row, verdict: Verdict, stored_bytes: int) -> None:
         """Append a row, of which its value is needed no more."""
@@ -142,6 +145,8 @@ class _Share:
                     f"Rank {self._rank} of {self._work.directory} is running in another process; wait for it, or start another rank."
                 ) from error
             self._restore()
+            self._readers = BlockReaders()
+            resources.callback(self._readers.close)
             self._resources = resources.pop_all()
         return self
 
@@ -204,8 +209,9 @@ class _Share:
         """The chunks of a block, behind the segment `last` of it; not all of them where there is enough before its end."""
         feed = self._feeds[block.source]
         place = {} if last is None else {"row": last.row, "offset": last.offset or 0}
-        reader = open_block(feed.files[block.file], feed.reading(), block, **place)
-        chunk = _Chunk(block, stored_bytes=block.start if last is None else last.stored_bytes)
+        reader = self._readers.open(feed.files[block.file], feed.reading(), block, **place)
+        done = 0 if last is None else last.block_bytes
+        chunk = _Chunk(block, block_bytes=done)
         for row in reader:
             assert not isinstance(row.value, Judged), "nothing was recorded"
             verdict = judge(self._config, feed.source, row.value, text_field=feed.text_field)
@@ -216,7 +222,7 @@ class _Share:
                 yield self._seal(chunk, reader)
                 if self._forecast.is_enough():
                     return
-                chunk = _Chunk(block, stored_bytes=chunk.stored_bytes)
+                chunk = _Chunk(block, block_bytes=chunk.block_bytes)
         chunk.is_last = True
         self._seal(chunk, reader)
         self._forecast.end(block)
@@ -224,9 +230,15 @@ class _Share:
 
     def _seal(self, chunk: _Chunk, reader: FileReader) -> _Chunk:
         """Note where reading is behind the last row."""
-        chunk.read_bytes = max(0, reader.stored_bytes - chunk.stored_bytes)
+        block, before = chunk.block, chunk.block_bytes
         chunk.stored_bytes, chunk.num_lines = reader.stored_bytes, reader.num_lines
-        self._forecast.read(chunk.block.source, taken_bytes=chunk.num_bytes, stored_bytes=chunk.read_bytes)
+        if chunk.is_last and block.size is not None:
+            chunk.block_bytes = block.size
+        elif chunk.place is not None:
+            file, offset = self._work.files[block.source][block.file], chunk.place[1] or 0
+            chunk.block_bytes = max(before, block.bytes_read(file, offset=offset, stored_bytes=chunk.stored_bytes))
+        chunk.read_bytes = chunk.block_bytes - before
+        self._forecast.read(block.source, taken_bytes=chunk.num_bytes, stored_bytes=chunk.read_bytes)
         return chunk
 
     def _take(self, chunk: _Chunk, encoded: Sequence[tuple[EncodedDocument, ...]]) -> None:
@@ -255,7 +267,7 @@ class _Share:
     def _commit(self, chunk: _Chunk) -> None:
         """Bring the segment to disk, which ends with this chunk."""
         done = self._state.segments
-        row, offset = chunk.place or _place_behind(done[-1] if done else None, chunk.block)
+        row, offset = self._writer.place or _place_behind(done[-1] if done else None, chunk.block)
         segment = Segment(
             name=f"segment-{len(done):05d}.npz",
             source=chunk.block.source,
@@ -267,6 +279,7 @@ class _Share:
             is_last=chunk.is_last,
             num_lines=chunk.num_lines,
             stored_bytes=chunk.stored_bytes,
+            block_bytes=chunk.block_bytes,
             counts=dict(self._segment_counts),
         )
         self._writer.write(self._folder / segment.name)
