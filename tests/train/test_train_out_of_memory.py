@@ -250,7 +250,7 @@ def test_a_run_in_mlx_that_finds_no_memory_ends_with_the_weights_of_smaller_micr
 
 def test_processes_of_a_run_find_together_that_one_of_them_has_no_memory():
     pytest.importorskip("mlx.core")
-    from anarcho_train.steps.mlx_memory import agreed_memory
+    from anarcho_train.steps.agreement import agreed_memory
 
     def ranks(*failed: float) -> Any:
         return SimpleNamespace(size=2, gathered=lambda values: np.array([values, failed]))

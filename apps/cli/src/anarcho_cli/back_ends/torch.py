@@ -30,7 +30,7 @@ NAME: str = "torch"
 def require_supported(config: RunConfig, device: str) -> None:
     """Refuses an arithmetic that the device does not have."""
     import torch
-    from anarcho_train.steps.torch import resolve_precision
+    from anarcho_train.steps.torch_settings import resolve_precision
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         require_devices(device)

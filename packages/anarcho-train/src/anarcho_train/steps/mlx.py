@@ -31,9 +31,10 @@ from anarcho_train.losses.mlx import NextTokenLoss, answer_logprobs
 from anarcho_train.out_of_memory import guarded
 from anarcho_train.ranks import RankLost
 from anarcho_train.step import Batch, LossSum, StepMetrics, StepSchedule
+from anarcho_train.steps.agreement import agreed_memory
 from anarcho_train.steps.files import OPTIMIZER_FILE, RUNTIME_FILE
 from anarcho_train.steps.mlx_anomalies import first_anomaly
-from anarcho_train.steps.mlx_memory import RandomState, agreed_memory, is_whole
+from anarcho_train.steps.mlx_memory import RandomState, is_whole
 from anarcho_train.steps.mlx_ranks import MlxRanks
 from anarcho_train.steps.mlx_settings import resolve_compile, resolve_precision
 from anarcho_train.steps.mlx_state import (

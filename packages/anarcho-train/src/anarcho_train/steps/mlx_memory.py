@@ -1,4 +1,4 @@
-"""Memory that runs out in MLX: what is put back afterwards, and how all ranks come to know of it.
+"""Memory that runs out in MLX: what is put back afterwards.
 
 Notable: arrays are computed when they are asked for, so an update that found no memory leaves weights that cannot be computed, and an error
 of an Apple GPU comes with the first array that waits for it, perhaps a step later. So the weights are asked. On a CPU, MLX 0.32 does not
@@ -8,15 +8,11 @@ look whether its allocator has found anything: the process ends, and only what w
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from anarcho_train.out_of_memory import OutOfMemory, is_out_of_memory, reason
-from anarcho_train.ranks import RankLost, Ranks
 from anarcho_train.steps.mlx_state import generator_state, leaves, set_generator_state
 
 WAITING_MIB = 50
@@ -54,26 +50,3 @@ def is_whole(*trees: Any) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-@contextmanager
-def agreed_memory(ranks: Ranks) -> Iterator[None]:
-    """Raises `OutOfMemory` in all ranks where memory ran out in one of them: the others would wait for its gradients for ever."""
-    if ranks.size == 1:
-        yield
-        return
-    what = None
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        what = reason(error)
-    try:
-        anywhere = ranks.gathered([what is not None]).any()
-    except RankLost:
-        if what is None:
-            raise
-        anywhere = True
-    if anywhere:
-        raise OutOfMemory(what or "another process of the run")

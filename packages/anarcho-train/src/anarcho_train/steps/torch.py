@@ -12,11 +12,6 @@ generators and the loss scale.
 from __future__ import annotations
 
 import math
-import os
-import platform
-import shutil
-import sysconfig
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -40,20 +35,16 @@ from anarcho_train.steps.torch_anomalies import CheckedLoss, first_anomaly
 from anarcho_train.steps.torch_memory import RandomState, empty_caches, forget_updates, host_copy
 from anarcho_train.steps.torch_ranks import TorchRanks
 from anarcho_train.steps.torch_replicas import Replicas
+from anarcho_train.steps.torch_settings import resolve_compile, resolve_precision
+from anarcho_train.steps.torch_state import load_optimizer
 from anarcho_train.steps.torch_updates import UpdateSizes
+from anarcho_train.steps.torch_waiting import Done, Later
 
 if TYPE_CHECKING:
     from anarcho_train.steps.torch_shards import Shards
 
-COMPILE_MIN_FLOPS = 5e12
-"""A CPU run of fewer floating-point operations ends sooner without compilation: at 150 GFLOP/s it takes about half a minute."""
-
 MAX_COMPILED_SHAPES = 64
 """So many shapes of batches are compiled before torch.compile gives up and runs the model uncompiled; its own limit is 8."""
-
-
-DEVICE_SECONDS = 10.0
-"""A device that has not made an update so long after another process was lost waits for that one."""
 
 
 class LanguageModel(Protocol):
@@ -80,51 +71,6 @@ class StageLoss(Protocol):
     def __call__(self, logprobs: Tensor, arrays: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """From ``logprobs`` float32 (batch, length) the loss, a scalar with a gradient, and further measures, scalars without one."""
         ...
-
-
-def native_bfloat16(device: torch.device) -> bool:
-    """Whether ``device`` multiplies bfloat16 matrices in hardware, or through Metal from macOS 14 on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "mps":
-        return int(platform.mac_ver()[0].split(".")[0] or 0) >= 14
-    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
-        capabilities = torch.cpu.get_capabilities()
-        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-    return False
-
-
-def resolve_precision(name: str, device: torch.device) -> torch.dtype:
-    """The compute type: ``auto`` is bfloat16 where native, float16 on other GPUs (with loss scaling), float32 on other CPUs."""
-    if name == "auto":
-        if native_bfloat16(device):
-            return torch.bfloat16
-        return torch.float32 if device.type == "cpu" else torch.float16
-    if name == "float16" and device.type == "cpu":
-        raise ValueError(
-            "train.precision is float16 on the CPU, where it is slow and loses range; use bfloat16, float32 or auto"
-        )
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
-
-
-def resolve_compile(name: str, device: torch.device, *, flops: float) -> bool:
-    """Whether the model is compiled.
-
-    ``auto`` compiles on CUDA, and on the CPU where C++ code can be compiled and the run, of ``flops`` floating-point operations, is long
-    enough to earn the compilation back. The answer depends on the configuration and the machine only, so that a resumed run decides alike.
-    """
-    if name != "auto":
-        return name == "on"
-    if device.type == "cpu":
-        return flops >= COMPILE_MIN_FLOPS and _can_compile_for_cpu()
-    return device.type == "cuda"
-
-
-def _can_compile_for_cpu() -> bool:
-    """Whether the C++ compiler and the Python headers are there that torch.compile needs for CPU code."""
-    compilers = (os.environ.get("CXX"), "g++", "clang++")
-    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    return headers.is_file() and any(name and shutil.which(name) for name in compilers)
 
 
 @dataclass(frozen=True)
@@ -158,42 +104,6 @@ class _Share:
     """Which of the step's rows this rank begins with."""
     most: int
     """Micro-batches of the rank that has most of them."""
-
-
-class _Done:
-    """How far a device has come with what it was given."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._event = torch.cuda.Event() if device.type == "cuda" else None
-
-    def note(self) -> None:
-        """What was given until now is what is asked for."""
-        if self._event is not None:
-            self._event.record()
-
-    def soon(self) -> bool:
-        """Whether that is done, or will be within seconds."""
-        until = time.monotonic() + DEVICE_SECONDS
-        while self._event is not None and not self._event.query():
-            if time.monotonic() > until:
-                return False
-            time.sleep(0.01)
-        return True
-
-
-class _Later:
-    """Numbers of a CUDA device, read without waiting for what it is given to do afterwards."""
-
-    def __init__(self, numbers: Tensor) -> None:
-        self._copy = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-        self._copy.copy_(numbers, non_blocking=True)
-        self._copied = torch.cuda.Event()
-        self._copied.record()
-
-    def read(self) -> list[float]:
-        """The numbers, as soon as they are there."""
-        self._copied.synchronize()
-        return self._copy.tolist()
 
 
 class TorchStep:
@@ -258,7 +168,7 @@ class TorchStep:
         self._updating = False
         gated = getattr(optimizer, "_step_supports_amp_scaling", False)
         self._decides_on_device = gated and self.device.type == "cuda" and not self._scaler.is_enabled()
-        self._last_update = _Done(self.device) if self._several else None
+        self._last_update = Done(self.device) if self._several else None
         if shards is not None:
             shards.serve(self._state_tensors)
         elif self._several:
@@ -344,7 +254,7 @@ class TorchStep:
         wanted = norm.isfinite() & loss.isfinite() & (weight > 0)
         if schedule.max_loss is not None:
             wanted &= loss <= schedule.max_loss * weight
-        numbers = _Later(torch.cat((torch.stack((norm, wanted)), measured.flatten())))
+        numbers = Later(torch.cat((torch.stack((norm, wanted)), measured.flatten())))
         sizes = self._sizes() if schedule.measure_update else None
         optimizer: Any = self.optimizer
         optimizer.found_inf = (~wanted).float()
@@ -455,7 +365,7 @@ class TorchStep:
         """Restores what `save` wrote; raises ValueError naming the first tensor that is missing, left over or of another shape."""
         self._parts.change(lambda model: self._load_model(model, directory))
         parameters = dict(self.model.named_parameters())
-        _load_optimizer(directory / OPTIMIZER_FILE, self.optimizer, parameters, part=self._parts.part)
+        load_optimizer(directory / OPTIMIZER_FILE, self.optimizer, parameters, part=self._parts.part)
         with safe_open(directory / RUNTIME_FILE, framework="pt") as file:
             names = set(file.keys())
             if "rng.cpu" in names:  # Another framework's state has another generator.
@@ -639,42 +549,3 @@ def _group_name(index: int, group: dict[str, Any]) -> str:
 
 def _device_module(device: torch.device) -> Any:
     return torch.mps if device.type == "mps" else torch.cuda
-
-
-def _load_optimizer(
-    path: Path,
-    optimizer: torch.optim.Optimizer,
-    parameters: Mapping[str, Tensor],
-    *,
-    part: Callable[[Tensor, Tensor], Tensor],
-) -> None:
-    """Sets the optimizer's state from ``<parameter>.<state>`` tensors; state that the optimizer creates late is created here.
-
-    ``part`` is what this process keeps of a tensor that lies as another one does.
-    """
-    advice = "resume with the run's own config"
-    with safe_open(path, framework="pt") as file:
-        found = set(file.keys())
-        names = {id(p): name for name, p in parameters.items()}
-        expected = {
-            f"{names[id(p)]}.{key}"
-            for p, state in optimizer.state.items()
-            for key, v in state.items()
-            if isinstance(v, Tensor)
-        }
-        if missing := sorted(expected - found):
-            raise ValueError(f"{path} lacks {missing[0]}; expected the state of this optimizer and model: {advice}")
-        for full_name in sorted(found):
-            name, _, key = full_name.rpartition(".")
-            if name not in parameters or (expected and full_name not in expected):
-                raise ValueError(f"{path} holds {full_name}, which this optimizer and model do not have: {advice}")
-            parameter, value = parameters[name], file.get_tensor(full_name)
-            if value.ndim and value.shape != parameter.shape:
-                raise ValueError(
-                    f"{path} holds {full_name} of shape {tuple(value.shape)}; expected {tuple(parameter.shape)}: {advice}"
-                )
-            state = optimizer.state[parameter]
-            if key in state:
-                state[key].copy_(part(value, state[key]))
-            else:
-                state[key] = value if key == "step" else part(value.to(parameter.device), parameter)

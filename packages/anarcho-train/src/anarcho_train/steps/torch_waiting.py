@@ -1,0 +1,47 @@
+"""What a CUDA device has done of what it was given, asked without waiting for more than that."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+DEVICE_SECONDS = 10.0
+"""A device that has not made an update so long after another process was lost waits for that one."""
+
+
+class Done:
+    """How far a device has come with what it was given."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.Event() if device.type == "cuda" else None
+
+    def note(self) -> None:
+        """What was given until now is what is asked for."""
+        if self._event is not None:
+            self._event.record()
+
+    def soon(self) -> bool:
+        """Whether that is done, or will be within seconds."""
+        until = time.monotonic() + DEVICE_SECONDS
+        while self._event is not None and not self._event.query():
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.01)
+        return True
+
+
+class Later:
+    """Numbers of a CUDA device, read without waiting for what it is given to do afterwards."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._copy = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+        self._copy.copy_(numbers, non_blocking=True)
+        self._copied = torch.cuda.Event()
+        self._copied.record()
+
+    def read(self) -> list[float]:
+        """The numbers, as soon as they are there."""
+        self._copied.synchronize()
+        return self._copy.tolist()
