@@ -91,7 +91,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--backend", choices=("torch", "mlx"), default="torch")
     parser.add_argument("--only", action="append", choices=[*CONFIGURATIONS, *FULL_LENGTH], help="of these alone")
     parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="over all configurations")
-    parser.add_argument("--timeout", type=float, default=600, help="seconds for one configuration")
+    parser.add_argument("--timeout", type=float, default=3600, help="seconds for one configuration")
     parser.add_argument("--json", type=Path, help="write one line for each configuration to this file")
     parser.add_argument("--markdown", type=Path, help="write the table to this file")
     return parser.parse_args(arguments)

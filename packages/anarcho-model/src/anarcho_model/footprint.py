@@ -1,21 +1,16 @@
 """How much memory a training step will take, in closed form, before anything is allocated.
 
 The forecast counts what PyTorch's autograd keeps when `token_logprobs` runs op by op: it is derived tensor by tensor from
-`anarcho_model.layers.torch`, and the tests compare it with the tensors that autograd really saves. A compiled step keeps
-less. The interpreter, the libraries and the device's context are not in it. With an adapter (`anarcho_model.lora`) only its
-weights have gradients and optimizer state; the frozen ones are kept, and in PyTorch their casts with them.
+`anarcho_model.layers.torch`, and the tests compare it with the tensors that autograd really saves, and with the most that are alive
+at a time. A compiled step keeps less. The interpreter, the libraries and the device's context are not in it. With an adapter
+(`anarcho_model.lora`) only its weights have gradients and optimizer state; the frozen ones are kept, and in PyTorch their casts
+with them. What MLX does in another way is in `anarcho_model.footprint_mlx`.
 
 Notable: a step's peak is not the sum of its parts. Activations are alive before the gradients that replace them, so the
-total is the largest of the step's moments. One part is measured rather than derived, `allocator_slack`: the C library
-returns only blocks over 32 MiB to the system, and a process keeps the freed smaller ones. With that switched off
-(`MALLOC_MMAP_THRESHOLD_=262144`) steps of the reference model took 2 to 6 % more than the derived parts.
-
-MLX keeps about the same for backward, so its forecast is the same but for four things, which are measured (MLX 0.32 on a
-CPU, where its allocator counts exactly): a block's backward holds several copies of a chunk of attention scores, which
-PyTorch's kernels never have; a chunk of logits is larger and held in several copies; a checkpointed block's activations
-overlap with its neighbours'; and what the optimizer's update needs is free again for the next step. With an adapter, MLX keeps
-neither the casts of frozen weights, nor dropout's factors, nor the feed-forward layer's activated gate. Freed buffers that
-MLX keeps are not counted: they fill what is left, up to a limit that the program sets.
+total is the largest of the step's moments. One part is measured rather than derived, `allocator_slack`, and only where tensors lie
+in the C library's heap: on a GPU there is none. glibc gives back only blocks of more than 32 MiB by itself, and can often not use the
+place of a freed tensor for another of the same size; what that comes to differs from run to run. A process that has large blocks mapped
+for themselves (`freed_is_returned`) has hardly any slack: twelve such runs were within 4 % of the forecast.
 
 Units: bytes throughout. dim, query, kv, ffn = widths of the residual stream, of all query heads, of all key heads, of the
 feed-forward layer.
@@ -28,28 +23,20 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from anarcho_model.config import ModelConfig
+from anarcho_model.footprint_mlx import MLX_LOGITS_CHUNK_BYTES, in_mlx, is_fused, mlx_block_bytes
+from anarcho_model.logprobs.chunks import chunk_tokens
 from anarcho_model.lora.config import LoraConfig, adapter_shapes
 
 __all__ = ["MemoryForecast", "block_activation_bytes", "training_memory"]
 
 FLOAT = 4
 """Bytes of a float32 number: weights, gradients, residual stream, norms."""
-SLACK_BYTES, SLACK_SHARE = 150 * 2**20, 0.3
-"""Allocator slack: at most this (twice the step's passing tensors if that is less), and this share of the weights.
-Measured with glibc over six eager runs (5 and 138 million parameters, both precisions, with and without checkpointing)."""
-
-MLX_SCORES = 10
-"""Copies of a block's attention scores, or of a chunk of them, that its backward in MLX holds where there is no kernel for it."""
-MLX_SCORES_CHUNK_ELEMENTS = 64 * 2**20
-"""Elements of the largest chunk of scores in MLX."""
-MLX_LOGITS_COPIES = 3.5
-"""Float32 copies of a chunk of logits in MLX beyond those that PyTorch has."""
-MLX_LOGITS_CHUNK_BYTES = 256 * 2**20
-"""The attribute `logits_chunk_bytes` of the MLX model."""
-MLX_RECOMPUTED = 2.6
-"""Blocks whose recomputed activations MLX holds at a time."""
-MLX_ADAPTER_COPIES, MLX_DROPOUT_COPIES = 3, 4
-"""Further copies of a feed-forward layer's activations that backward in MLX holds with an adapter, and float32 ones with its dropout."""
+HEAP_SLACK_SHARE, HEAP_SLACK_BYTES, HEAP_SLACK_RECOMPUTED = 0.6, 700 * 2**20, 1.7
+"""Slack of a heap that keeps what is freed: this share of what passes in a step, at most so much, and this of what is recomputed."""
+SMALL_SLACK_BYTES = 60 * 2**20
+"""Slack of a heap of small blocks alone."""
+MPS_SLACK_BYTES, MPS_SLACK_SHARE = 150 * 2**20, 0.3
+"""On an Apple GPU, where it is not measured yet: at most so much (or twice what comes and goes), and this share of the weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,19 +50,31 @@ class MemoryForecast:
     optimizer: int
     """The optimizer's state."""
     optimizer_scratch: int
-    """What the optimizer's update needs besides; counted throughout, because allocators keep it from step to step."""
+    """What the optimizer's update needs besides."""
     activations: int
     """Tensors that backward needs, at the end of forward."""
+    output_activations: int
+    """Of these, what is free again when backward comes to the blocks: the final norm's, and the log-probabilities'."""
+    first_block: int
+    """What is there when backward comes to the first block: its activations, and the other blocks' gradients if none were held before."""
     recomputed: int
-    """With gradient checkpointing: one block's activations, made anew during backward."""
+    """With gradient checkpointing: what one block's activations, made anew during backward, take besides."""
     weight_casts: int
     """Copies of the weights in the compute dtype, alive from forward to backward."""
+    forward_casts: int
+    """The same in forward alone: autocast keeps them to its end, also where checkpointed blocks make them again."""
+    forward_chunk: int
+    """One chunk of logits, and the output layer's cast weights."""
     vocabulary_chunk: int
     """One chunk of logits with its gradient, and the output layer's cast weights and gradient."""
+    norm_scratch: int
+    """What the final norm's backward needs besides, beyond what is free by then."""
     backward_scratch: int
     """What one block's backward needs besides: gradients of activations and of one matrix."""
+    head_gradient: int
+    """The output layer's gradient, where it lies beside the others while the blocks' are computed."""
     embedding_gradient: int
-    """The part of the embedding's gradient that waits for the other one, when the output layer is tied to it."""
+    """What lies beside all gradients when the embedding's is made, the last one."""
     checkpoint_copy: int
     """The copy that is made while a checkpoint is written: one tensor, the matrices that an adapter is merged into, or from a
     device the larger file's tensors."""
@@ -85,8 +84,8 @@ class MemoryForecast:
     """Freed memory that the process has not given back; measured, not derived."""
     gradients_held: bool
     """Whether gradients of earlier micro-batches are kept while the next one is computed."""
-    scratch_kept: bool = True
-    """Whether the allocator keeps the optimizer's scratch from step to step, as PyTorch's do; MLX's gives it to what comes next."""
+    scratch_kept: bool = False
+    """Whether the optimizer's scratch stays with the process from step to step, as in a heap that keeps what is freed."""
 
     @property
     def total(self) -> int:
@@ -98,11 +97,15 @@ class MemoryForecast:
     def transient(self) -> int:
         """The largest moment of a step: what comes and goes on top of weights and optimizer state."""
         held = self.gradients if self.gradients_held else 0
+        block = self.recomputed + self.backward_scratch + self.head_gradient
         saved = self.activations + self.weight_casts
         return max(
+            self.activations + self.forward_casts + self.forward_chunk + held,
             saved + self.vocabulary_chunk + held,
-            saved + self.recomputed + self.backward_scratch + self.embedding_gradient + held,
-            self.gradients + self.embedding_gradient * (2 if self.gradients_held else 1),
+            saved + self.norm_scratch + self.head_gradient + held,
+            saved - self.output_activations + block + held,
+            self.first_block + block + held,
+            self.gradients + self.embedding_gradient,
             self.gradients + (0 if self.scratch_kept else self.optimizer_scratch),
             self.checkpoint_copy,
         )
@@ -125,6 +128,8 @@ def training_memory(
     background_copy: bool = False,
     adapter: LoraConfig | None = None,
     framework: Literal["torch", "mlx"] = "torch",
+    device: Literal["cpu", "mps", "cuda"] = "cpu",
+    freed_is_returned: bool = False,
 ) -> MemoryForecast:
     """Forecast the memory of training steps, with float32 weights and gradients.
 
@@ -143,6 +148,8 @@ def training_memory(
         background_copy: whether checkpoints are written from a copy in the same memory while training goes on.
         adapter: trained in place of the model's own weights; None, or one of rank 0, trains these.
         framework: whose model it is.
+        device: where it computes; `mps` is an Apple GPU in either framework. On `cuda` what is forecast is what the allocator hands out.
+        freed_is_returned: on a CPU, whether large freed blocks go back to the system at once.
 
     Raises:
         ValueError: a size is not positive, `compute_dtype_bytes` is neither 2 nor 4, or the adapter does not fit.
@@ -154,8 +161,7 @@ def training_memory(
         raise ValueError(f"compute_dtype_bytes is {compute_dtype_bytes}, expected 2 or 4.")
     tokens, compute = micro_batch * length, compute_dtype_bytes
     lora = adapter if adapter is not None and adapter.rank else None
-    cast = compute != FLOAT
-    head = config.vocab_size * config.dim
+    head = FLOAT * config.vocab_size * config.dim
     matrices = config.num_layers * _block_matrix_parameters(config)
     added = 0 if lora is None else sum(rows * columns for rows, columns in adapter_shapes(config, lora).values())
     weights = FLOAT * (config.num_parameters + added)
@@ -165,66 +171,71 @@ def training_memory(
     else:
         gradients = FLOAT * added
         optimizer = (matrix_optimizer_bytes if lora.optimizer == "muon" else other_optimizer_bytes) * added
-    per_token = block_activation_bytes(
-        config,
-        length=length,
-        compute_dtype_bytes=compute,
-        segments=segments,
-        adapter=lora,
-        framework=framework,
-    )
-    block = tokens * per_token
-    kept_casts = 0 if lora is not None and framework == "mlx" else _block_matrix_parameters(config)
-    block_casts = compute * (kept_casts + added // config.num_layers) if cast else 0
-    kept_per_block = tokens * FLOAT * config.dim if gradient_checkpointing else block
-    final = tokens * (2 * FLOAT * config.dim + compute * config.dim + 2 * FLOAT + 16)
-    if lora is not None:  # neither the normalised input nor the ids of the embedding are kept
-        final -= tokens * (FLOAT * config.dim + 8)
-    vocabulary = _vocabulary_chunk(
-        config, tokens=tokens, compute=compute, chunk_bytes=logits_chunk_bytes, frozen=lora is not None
-    )
-    own_copy = FLOAT * (head if lora is None else max(head, _target_parameters(config, lora)))
+    own_copy = head if lora is None else max(head, FLOAT * _target_parameters(config, lora))
+    kinds = {"segments": segments, "adapter": lora, "framework": framework, "device": device}
+    block = tokens * block_activation_bytes(config, length=length, compute_dtype_bytes=compute, **kinds)
+    kept = tokens * FLOAT * config.dim if gradient_checkpointing else block
+    fused_norm = device == "cuda" and framework == "torch"
+    output = _output_activations(config, tokens=tokens, compute=compute, frozen=lora is not None, fused_norm=fused_norm)
+    own_casts = 0 if lora is not None and framework == "mlx" else _block_matrix_parameters(config)
+    casts = compute * (own_casts + added // config.num_layers) if compute != FLOAT else 0
+    all_casts = config.num_layers * casts
+    tied, trained = config.tie_embeddings, lora is None
+    later = FLOAT * (matrices if trained else added) * (config.num_layers - 1) // config.num_layers
+    rows = chunk_tokens(tokens, vocab_size=config.vocab_size, chunk_bytes=logits_chunk_bytes)
     forecast = MemoryForecast(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
         optimizer_scratch=optimizer_scratch_bytes,
-        activations=config.num_layers * kept_per_block + final,
-        recomputed=block + block_casts if gradient_checkpointing else 0,
-        weight_casts=0 if gradient_checkpointing else config.num_layers * block_casts,
-        vocabulary_chunk=vocabulary,
-        backward_scratch=3 * tokens * compute * config.ffn_size + (compute + FLOAT) * config.dim * config.ffn_size,
-        embedding_gradient=FLOAT * head if config.tie_embeddings and lora is None else 0,
+        activations=config.num_layers * kept + output,
+        output_activations=output,
+        first_block=kept + (0 if gradient_checkpointing else casts) + (0 if gradients_held else later),
+        recomputed=block - kept + casts if gradient_checkpointing else 0,
+        weight_casts=0 if gradient_checkpointing else all_casts,
+        forward_casts=all_casts,
+        forward_chunk=_forward_chunk(config, rows=rows, compute=compute),
+        vocabulary_chunk=_vocabulary_chunk(
+            config, tokens=tokens, rows=rows, compute=compute, frozen=not trained, widens=device == "cpu"
+        ),
+        norm_scratch=tokens * (((2 if fused_norm else 4) * FLOAT - compute) * config.dim - 2 * FLOAT - 16),
+        backward_scratch=_backward_scratch(
+            config, tokens=tokens, compute=compute, frozen=not trained, held=gradients_held
+        ),
+        head_gradient=head if trained and (tied or not gradients_held) else 0,
+        embedding_gradient=head * (gradients_held + tied) if trained else 0,
         checkpoint_copy=max(weights, optimizer, own_copy) if host_copy else own_copy,
         background_copy=weights + optimizer if background_copy else 0,
         allocator_slack=0,
         gradients_held=gradients_held,
     )
     if framework == "mlx":
-        forecast = _in_mlx(
-            forecast, config, tokens=tokens, length=length, compute=compute, chunk_bytes=logits_chunk_bytes
+        return in_mlx(
+            forecast,
+            config,
+            micro_batch=micro_batch,
+            length=length,
+            compute=compute,
+            chunk_bytes=logits_chunk_bytes,
+            adapter=lora,
+            device=device,
         )
-        if lora is None:
-            return forecast
-        copies = MLX_ADAPTER_COPIES * compute + (MLX_DROPOUT_COPIES * FLOAT if lora.dropout else 0)
-        return replace(forecast, backward_scratch=forecast.backward_scratch + copies * tokens * config.ffn_size)
-    slack = min(SLACK_BYTES, 2 * forecast.transient) + int(SLACK_SHARE * weights)
+    return _with_slack(forecast, device=device, freed_is_returned=freed_is_returned)
+
+
+def _with_slack(forecast: MemoryForecast, *, device: str, freed_is_returned: bool) -> MemoryForecast:
+    """The forecast with what a process holds beyond its tensors; a CUDA allocator's count has none of it."""
+    passing = forecast.transient
+    if device == "cuda":
+        return forecast
+    if device == "mps":
+        slack = min(MPS_SLACK_BYTES, 2 * passing) + int(MPS_SLACK_SHARE * forecast.weights)
+        return replace(forecast, allocator_slack=slack, scratch_kept=True)
+    if freed_is_returned:
+        return replace(forecast, allocator_slack=min(SMALL_SLACK_BYTES, passing))
+    slack = min(HEAP_SLACK_BYTES, int(HEAP_SLACK_SHARE * passing))
+    slack += int(HEAP_SLACK_RECOMPUTED * forecast.recomputed)
     return replace(forecast, allocator_slack=slack)
-
-
-def _in_mlx(
-    forecast: MemoryForecast, config: ModelConfig, *, tokens: int, length: int, compute: int, chunk_bytes: int
-) -> MemoryForecast:
-    """The forecast with what MLX does in another way; see above."""
-    scores = min(tokens * config.num_heads * length, MLX_SCORES_CHUNK_ELEMENTS)
-    logits = min(tokens * config.vocab_size * FLOAT, max(chunk_bytes, config.vocab_size * FLOAT))
-    return replace(
-        forecast,
-        backward_scratch=forecast.backward_scratch + MLX_SCORES * compute * scores,
-        vocabulary_chunk=forecast.vocabulary_chunk + int(MLX_LOGITS_COPIES * logits),
-        recomputed=int(MLX_RECOMPUTED * forecast.recomputed),
-        scratch_kept=False,
-    )
 
 
 def block_activation_bytes(
@@ -235,18 +246,31 @@ def block_activation_bytes(
     segments: bool = False,
     adapter: LoraConfig | None = None,
     framework: Literal["torch", "mlx"] = "torch",
+    device: Literal["cpu", "mps", "cuda"] = "cpu",
 ) -> int:
     """Bytes per token that one block's forward leaves for its backward."""
+    compute, mlx, frozen = compute_dtype_bytes, framework == "mlx", adapter is not None
+    if mlx and not frozen and is_fused(config, length=length, compute=compute, device=device):
+        return mlx_block_bytes(config, compute=compute)
+    fused_norm = device == "cuda" and not mlx
+    own = _block_bytes(config, length=length, compute=compute, segments=segments, frozen=frozen, fused_norm=fused_norm)
+    return own if adapter is None else own + compute * _adapter_activations(config, adapter, framework)
+
+
+def _block_bytes(
+    config: ModelConfig, *, length: int, compute: int, segments: bool, frozen: bool, fused_norm: bool
+) -> int:
     query, kv = config.num_heads * config.head_size, config.kv_heads * config.head_size
-    normalised = FLOAT if adapter is None else 0  # input that a norm's own gradient needs
-    norm = (FLOAT + normalised + compute_dtype_bytes) * config.dim + FLOAT  # input, the same normalised, output; rstd
-    attention = compute_dtype_bytes * 5 * query + FLOAT * config.num_heads  # q, k, v, result twice; normaliser
+    normalised = (
+        0 if frozen or fused_norm else FLOAT
+    )  # what a norm's own gradient needs; CUDA's kernel computes it again
+    norm = (FLOAT + normalised + compute) * config.dim + FLOAT  # input, the same normalised, output; rstd
+    attention = compute * 5 * query + FLOAT * config.num_heads  # q, k, v, result twice; normaliser
     if config.qk_norm:
         attention += (FLOAT + normalised) * (query + kv) + FLOAT * (config.num_heads + config.kv_heads)
     if segments:
-        attention += compute_dtype_bytes * length  # the mask as the attention kernel keeps it
-    own = 2 * norm + attention + compute_dtype_bytes * 4 * config.ffn_size
-    return own if adapter is None else own + compute_dtype_bytes * _adapter_activations(config, adapter, framework)
+        attention += compute * length  # the mask as the attention kernel keeps it
+    return 2 * norm + attention + compute * 4 * config.ffn_size
 
 
 def _adapter_activations(config: ModelConfig, lora: LoraConfig, framework: Literal["torch", "mlx"]) -> int:
@@ -275,14 +299,44 @@ def _block_matrix_parameters(config: ModelConfig) -> int:
     return config.dim * (2 * query + 2 * kv + 3 * config.ffn_size)
 
 
-def _vocabulary_chunk(config: ModelConfig, *, tokens: int, compute: int, chunk_bytes: int, frozen: bool) -> int:
-    """The larger of the two moments of the output layer's backward: logits being widened, gradient being multiplied."""
-    chunk = min(max(1, chunk_bytes // (FLOAT * config.vocab_size)), tokens) * config.vocab_size
-    head = config.vocab_size * config.dim
-    gradient = (0 if frozen else FLOAT * head) + tokens * config.dim * compute
+def _output_activations(config: ModelConfig, *, tokens: int, compute: int, frozen: bool, fused_norm: bool) -> int:
+    """What the final norm and the log-probabilities leave for backward, and the ids of the embedding."""
+    normalised = 0 if frozen or fused_norm else FLOAT * config.dim
+    ids = 8 if frozen else 16
+    return tokens * ((FLOAT + compute) * config.dim + normalised + 2 * FLOAT + ids)
+
+
+def _forward_chunk(config: ModelConfig, *, rows: int, compute: int) -> int:
+    chunk, head = rows * config.vocab_size, config.vocab_size * config.dim
+    return FLOAT * chunk if compute == FLOAT else compute * head + (FLOAT + compute) * chunk
+
+
+def _vocabulary_chunk(config: ModelConfig, *, tokens: int, rows: int, compute: int, frozen: bool, widens: bool) -> int:
+    """The larger of the last chunk's two moments in the output layer's backward: logits being widened, gradient being multiplied.
+
+    Where it ``widens``, the matrix product is copied in float32 before it is added to the gradient, as torch does on a CPU.
+    """
+    chunk, head = rows * config.vocab_size, config.vocab_size * config.dim
+    gradient, hidden = (0 if frozen else FLOAT * head), tokens * config.dim * compute
     if compute == FLOAT:
-        return gradient + FLOAT * chunk
-    return gradient + compute * head + max((FLOAT + compute) * chunk, compute * (chunk + (0 if frozen else head)))
+        return gradient + hidden + FLOAT * chunk
+    earlier = (tokens - rows) * config.dim * compute
+    product = 0 if frozen else (compute + (FLOAT if widens else 0)) * head
+    return gradient + compute * head + max((FLOAT + compute) * chunk + earlier, compute * chunk + hidden + product)
+
+
+def _backward_scratch(config: ModelConfig, *, tokens: int, compute: int, frozen: bool, held: bool) -> int:
+    """The largest moment of the feed-forward layer's backward, beyond its activations.
+
+    These are: the last matrix's gradients; its gradient widened, if it is not float32; and the gradients of both factors beside that of
+    their product, which lies in the place of the product itself.
+    """
+    matrix = 0 if frozen else config.dim * config.ffn_size
+    product = tokens * compute * config.ffn_size
+    cast = tokens * compute * config.dim if compute != FLOAT else 0
+    widened = (compute + FLOAT) * matrix if compute != FLOAT else 0
+    own = 0 if held else FLOAT * matrix
+    return tokens * FLOAT * config.dim + max(product + compute * matrix + cast, widened, 2 * product + own)
 
 
 def _check(**sizes: int) -> None:

@@ -1,8 +1,6 @@
 """Which preset a Mac of so much memory trains, by the forecast: the table of docs/apple-silicon.md.
 
-Notable: macOS lets the GPU work on a part of the unified memory. Metal's recommended working set was two thirds of it on Macs
-of 16 and 32 GB and three quarters on one of 64 GB (10,922 MB: llama-cpp-python issue 687; 21,845 MB: ollama issue 434; 49 GB:
-llama.cpp issue 1870). The table keeps 15 % of that free for what a forecast does not know.
+Notable: macOS lets the GPU work on a part of the unified memory, and as of any budget the table keeps a part of that free.
 """
 
 from __future__ import annotations
@@ -11,28 +9,18 @@ import dataclasses
 from collections.abc import Sequence
 
 from anarcho_cli.config import RunConfig, resolve
-from anarcho_cli.plan import plan_run
+from anarcho_cli.fitting.budget import GIB, USED_SHARE, forecast_bytes, working_set_bytes
 
 PRESETS = ("quickstart", "small-15m", "medium-45m", "reference-137m")
 """The presets that train a model from text, the smallest first."""
 SIZES_GB = (8, 16, 24, 32, 64, 128)
 """Sizes of unified memory."""
-USED_SHARE = 0.85
-"""How much of the working set a forecast may fill."""
-GIB = 2**30
-
-
-def working_set_bytes(memory_gb: int) -> int:
-    """What macOS recommends as the most that the GPU works on at once: two thirds, above 36 GB three quarters."""
-    return memory_gb * GIB * 2 // 3 if memory_gb <= 36 else memory_gb * GIB * 3 // 4
 
 
 def forecast(config: RunConfig, *, micro_batch: int, checkpointing: bool) -> int:
     """Peak bytes of a training step on an Apple GPU in half precision."""
-    train = dataclasses.replace(
-        config.train, micro_batch=micro_batch, gradient_checkpointing=checkpointing, precision="bfloat16"
-    )
-    return plan_run(dataclasses.replace(config, train=train), device="mps", backend="torch").total_bytes
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, precision="bfloat16"))
+    return forecast_bytes(config, micro_batch=micro_batch, checkpointing=checkpointing, backend="torch", device="mps")
 
 
 def largest_micro_batch(config: RunConfig, *, budget_bytes: int, checkpointing: bool) -> int | None:

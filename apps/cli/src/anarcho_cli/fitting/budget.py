@@ -15,6 +15,8 @@ from anarcho_cli.plan import plan_run
 USED_SHARE = 0.85
 """How much of the budget a run may be expected to take; the rest is for what neither forecast nor probe has seen."""
 
+GIB = 2**30
+
 USEFUL_TOKENS = {"cpu": 4096, "mps": 8192, "cuda": 32768}
 """So many tokens at once keep a device busy; with more, a step hardly gets faster."""
 LEAST_TOKENS = {"cpu": 256, "mps": 1024, "cuda": 4096}
@@ -56,11 +58,18 @@ def planning_budget(device: str) -> int:
 
     Of an Apple GPU it is what Metal usually recommends, elsewhere the machine's memory: a CUDA GPU's is not known here.
     """
-    from anarcho_cli.benching.memory_table import GIB, working_set_bytes
-
     total = read_memory("cpu").system_total_bytes
     apple = platform.system() == "Darwin" and device != "cpu"
     return working_set_bytes(round(total / GIB)) if apple else total
+
+
+def working_set_bytes(memory_gb: int) -> int:
+    """What macOS recommends as the most that the GPU works on at once: two thirds, above 36 GB three quarters.
+
+    Seen on Macs of 16 and 32 GB and on one of 64 GB (10,922 MB: llama-cpp-python issue 687; 21,845 MB: ollama issue 434; 49 GB:
+    llama.cpp issue 1870).
+    """
+    return memory_gb * GIB * 2 // 3 if memory_gb <= 36 else memory_gb * GIB * 3 // 4
 
 
 def with_size(config: RunConfig, *, micro_batch: int, checkpointing: bool, **settings: Any) -> RunConfig:
