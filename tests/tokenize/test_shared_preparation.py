@@ -183,7 +183,7 @@ def test_any_ranks_in_any_order_through_interruptions_make_the_files_of_one_proc
     expected = by_one(config, english, tmp_path / "one")
     for world in range(1, 6) if form is many_forms else (2, 5):
         directory = tmp_path / f"of {world}"
-        attempts: list[int | None] = list(range(world))
+        attempts = list(range(world))
         while attempts:
             rank = chance.choice(attempts)
             try:

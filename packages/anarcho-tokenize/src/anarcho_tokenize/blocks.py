@@ -10,7 +10,7 @@ import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from anarcho_tokenize.files import EMBEDDED, DataFile, FileReader, Form, UnpackedFile, embedded_between
+from anarcho_tokenize.files import EMBEDDED, DataFile, FileReader, Form, UnpackedFile
 from anarcho_tokenize.reading import Reading
 from anarcho_tokenize.tables import rows_between
 
@@ -91,16 +91,13 @@ class BlockReaders:
         """The rows of a block; or with `row` those after the row of this number, behind which the byte `offset` is."""
         if not block.is_stretch:
             return FileReader(file, reading, row=row or 0, offset=offset)
-        if file.form == ".jsonl":
+        if file.form in (".jsonl", EMBEDDED):
             unpacked = self._unpacked_file(file) if file.compression else None
             stretch = (block.start, block.stop)
             return FileReader(file, reading, row=row or 0, offset=offset, stretch=stretch, unpacked=unpacked)
         assert block.stop is not None
-        if file.form == EMBEDDED:
-            first, last = embedded_between(block.start, block.stop)
-        else:
-            with file.open() as stream:
-                first, last = rows_between(stream, block.start, block.stop)
+        with file.open() as stream:
+            first, last = rows_between(stream, block.start, block.stop)
         return FileReader(file, reading, row=max(first, row or 0), stop_row=last)
 
     def close(self) -> None:

@@ -68,8 +68,9 @@ class UnpackedFile:
 class FileReader:
     """Iterates over the rows of a file, from a row and the byte at which it starts.
 
-    With `stop_row`, for tables and the embedded corpus, up to the row of this number. With `stretch`, for JSON lines, those that start
-    between two bytes, numbered from `row` on; compressed ones come from `unpacked`, which goes from one stretch to the next.
+    With `stop_row`, for tables, up to the row of this number. With `stretch`, for JSON lines and the embedded corpus, those that start
+    between two bytes; JSON lines are numbered from `row` on, and compressed ones come from `unpacked`, which goes from one stretch to
+    the next.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class FileReader:
 
     def _rows(self, stream: BufferedIOBase) -> Iterator[Row]:
         file, separator = self._file, self._reading.document_separator
-        if self._stretch is not None:
+        if self._stretch is not None and file.form == ".jsonl":
             yield from self._stretch_rows(stream, *self._stretch)
             return
         if self._stop_row is not None and self._stop_row <= self._row:
@@ -141,11 +142,9 @@ class FileReader:
                 yield Row(value, number, 0, f"{file.name}, row {number}")
             return
         if file.form == EMBEDDED:
-            for row in _embedded_rows(self._row):
+            for row in _embedded_rows(self._row, *(self._stretch or (0, None))):
                 self._stored_bytes = row.end or 0
                 yield row
-                if row.number == self._stop_row:
-                    return
             return
         unpacked = unpack(stream, file.compression, name=file.name)
         if file.compression:
@@ -190,15 +189,6 @@ def find_files(spec: str | os.PathLike[str]) -> list[Path]:
     for file in files:
         form_of(file.name, name=str(file))
     return files
-
-
-def embedded_between(start: int, stop: int) -> tuple[int, int]:
-    """How many documents of the embedded corpus are before those that start at these bytes, and up to their end."""
-    first = last = place = 0
-    for document in embedded_documents():
-        first, last = first + (place < start), last + (place < stop)
-        place += len(document.encode())
-    return first, last
 
 
 def local_files(spec: str | os.PathLike[str]) -> list[DataFile]:
@@ -248,9 +238,12 @@ def _is_visible(file: Path, *, under: Path) -> bool:
     return True
 
 
-def _embedded_rows(row: int) -> Iterator[Row]:
+def _embedded_rows(row: int, first: int, stop: int | None) -> Iterator[Row]:
+    """The documents after the first `row` that start at byte `first` or later, and before `stop`."""
     end = 0
     for number, document in enumerate(embedded_documents(), start=1):
-        end += len(document.encode())
-        if number > row:
+        start, end = end, end + len(document.encode())
+        if stop is not None and start >= stop:
+            return
+        if number > row and start >= first:
             yield Row(document, number, end, f"{EMBEDDED}, document {number}")

@@ -161,7 +161,8 @@ class _RecordedFile:
 def _status(work: SharedWork, state: RankState) -> ShareStatus:
     sizes = [block.size for blocks in work.blocks for block in blocks if block.rank == state.rank]
     read = sum(segment.counts["stored_bytes"] for segment in state.segments)
-    share = None if None in sizes else min(1.0, read / max(1, sum(size or 0 for size in sizes)))
+    total = sum(size or 0 for size in sizes)
+    share = None if None in sizes else min(1.0, read / total) if total else 1.0
     return ShareStatus(rank=state.rank, has_begun=state.has_begun, is_done=state.is_done, share=share)
 
 
