@@ -24,7 +24,7 @@ from typing import Literal
 
 from anarcho_model.config import ModelConfig
 from anarcho_model.footprint_mlx import MLX_LOGITS_CHUNK_BYTES, in_mlx, is_fused, mlx_block_bytes
-from anarcho_model.logprobs.chunks import chunk_tokens
+from anarcho_model.logprobs.chunks import chunk_tokens, default_chunk_bytes
 from anarcho_model.lora.config import LoraConfig, adapter_shapes
 
 __all__ = ["MemoryForecast", "block_activation_bytes", "training_memory"]
@@ -154,9 +154,11 @@ def training_memory(
     Raises:
         ValueError: a size is not positive, `compute_dtype_bytes` is neither 2 nor 4, or the adapter does not fit.
     """
+    _check(micro_batch=micro_batch, length=length)
     if logits_chunk_bytes is None:
-        logits_chunk_bytes = 64 * 2**20 if framework == "torch" else MLX_LOGITS_CHUNK_BYTES
-    _check(micro_batch=micro_batch, length=length, logits_chunk_bytes=logits_chunk_bytes)
+        chosen = default_chunk_bytes(micro_batch * length, vocab_size=config.vocab_size, device=device)
+        logits_chunk_bytes = chosen if framework == "torch" else MLX_LOGITS_CHUNK_BYTES
+    _check(logits_chunk_bytes=logits_chunk_bytes)
     if compute_dtype_bytes not in (2, FLOAT):
         raise ValueError(f"compute_dtype_bytes is {compute_dtype_bytes}, expected 2 or 4.")
     tokens, compute = micro_batch * length, compute_dtype_bytes
