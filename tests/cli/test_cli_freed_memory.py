@@ -76,10 +76,10 @@ def test_nothing_is_set_where_it_would_cost_time_or_overrule_the_user(change: st
     assert not return_freed_memory(mallopt=lambda *_: pytest.fail("something was set"))
 
 
-def test_a_forecast_for_a_cpu_counts_what_is_kept_and_one_for_cuda_nothing_but_tensors(plain: Path) -> None:
+def test_a_forecast_for_a_cpu_counts_what_is_kept_and_one_for_cuda_neither_that_nor_libraries(plain: Path) -> None:
     config = resolve(preset="small-15m", overrides=["train.compile=off"])
     returned, cuda = (plan_run(config, device=device) for device in ("cpu", "cuda"))
     plain.write_text("always madvise [never]\n")
     kept = plan_run(config, device="cpu")
     assert kept.memory.allocator_slack > returned.memory.allocator_slack > cuda.memory.allocator_slack == 0
-    assert library_bytes("off", "cpu", "torch") == returned.library_bytes > cuda.library_bytes == 0
+    assert library_bytes("off", "cpu", "torch") == returned.library_bytes > 4 * cuda.library_bytes
