@@ -220,4 +220,4 @@ def test_an_adapted_model_compiles_as_a_whole(small_model, unchecked_shapes):
     plain.sum().backward()
     torch.testing.assert_close(result, plain, atol=1e-5, rtol=1e-5)
     for one, other in zip(gradients, [p.grad for p in tuned.parameters() if p.requires_grad], strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)

@@ -13,8 +13,7 @@ QK-norm (arXiv:2010.04245), SwiGLU (arXiv:2002.05202).
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from anarcho_model.config import ModelConfig
+from anarcho_model.layers import torch_cpu
 
 __all__ = ["AttentionContext", "Block", "LayerCache", "RMSNorm", "RotaryTables", "compute_dtype", "widen"]
 
@@ -52,14 +52,15 @@ class RMSNorm(nn.Module):
 
 
 def project_all(x: Float[Tensor, "tokens inputs"], *layers: nn.Module) -> list[Float[Tensor, "tokens outputs"]]:
-    """What each layer makes of `x`; compiled for CUDA, linear layers are one product, and so is the gradient of `x`.
+    """What each layer makes of `x`; compiled, linear layers are one product, and so is the gradient of `x`.
 
     Their weights stay apart; a copy of them side by side is part of the cast to the compute dtype.
     """
-    if x.is_cuda and torch.compiler.is_compiling() and all(type(layer) is nn.Linear for layer in layers):
-        weights = [layer.weight for layer in layers]
-        together = F.linear(x, torch.cat(weights))  # pyright: ignore[reportArgumentType, reportCallIssue]
-        return list(together.split([len(weight) for weight in weights], dim=-1))  # pyright: ignore[reportArgumentType]
+    on_cpu = x.device.type == "cpu" and compute_dtype(x) == torch.bfloat16
+    if (on_cpu or x.is_cuda) and torch.compiler.is_compiling() and all(type(layer) is nn.Linear for layer in layers):
+        weights: list[Any] = [layer.weight for layer in layers]
+        together = torch_cpu.linear(x, *weights, dtype=compute_dtype(x)) if on_cpu else F.linear(x, torch.cat(weights))
+        return list(together.split([len(weight) for weight in weights], dim=-1))
     return [layer(x) for layer in layers]
 
 
@@ -121,9 +122,6 @@ CUDA_BACKENDS = [
 """The kernels of causal attention in training, by preference: with heads of 64 on an H100, cuDNN's takes 3.7 ms where PyTorch's own flash
 attention takes 6.0 (16 sequences of 4096, 12 heads, forward and backward)."""
 
-EXPLICIT_LENGTH = 256
-"""Up to this many tokens, compiled attention on a CPU is faster as two matrix products around a fused softmax."""
-
 
 def attend(
     q: Float[Tensor, "batch heads length head"],
@@ -134,20 +132,16 @@ def attend(
 ) -> Float[Tensor, "batch heads length head"]:
     """Softmax attention scaled by 1/sqrt(head): to the keys where `mask` is true, or without one to all up to the query.
 
-    Compiled for a CPU, short sequences take the plain formula instead of torch's attention kernel, whose backward is slow
-    there: training steps of 4 layers of 256 are 9 % faster. Its products round the scores to the compute dtype, as
-    autocast does everywhere.
+    Compiled for a CPU, sequences up to `torch_cpu.MAX_LENGTH` take products instead of torch's attention kernel, whose backward
+    is slow there.
     """
-    length, head = q.shape[-2:]
     if mask is None and q.is_cuda and torch.is_grad_enabled():
         with sdpa_kernel(CUDA_BACKENDS, set_priority=True):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    if mask is not None or q.device.type != "cpu" or length > EXPLICIT_LENGTH or not torch.compiler.is_compiling():
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-    ids = torch.arange(length, device=q.device)
-    scores = widen(q @ k.transpose(-1, -2)) / math.sqrt(head)
-    weights = scores.where(ids <= ids[:, None], -torch.inf).softmax(dim=-1)
-    return weights.to(v.dtype) @ v
+    compiled_for_cpu = q.device.type == "cpu" and torch.compiler.is_compiling()
+    if mask is None and compiled_for_cpu and q.shape[-2] <= torch_cpu.MAX_LENGTH:
+        return torch_cpu.causal_attention(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
 
 
 class AttentionContext(NamedTuple):
@@ -223,7 +217,8 @@ class Attention(nn.Module):
             group = self.heads // self.kv_heads
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         mixed = attend(q, k, v, mask=context.mask)
-        return self.o_proj(mixed.transpose(1, 2).reshape(batch * length, -1)).view(batch, length, dim)
+        (result,) = project_all(mixed.transpose(1, 2).reshape(batch * length, -1), self.o_proj)
+        return result.view(batch, length, dim)
 
 
 class SwiGLU(nn.Module):
@@ -238,7 +233,8 @@ class SwiGLU(nn.Module):
     def forward(self, x: Float[Tensor, "batch length dim"]) -> Float[Tensor, "batch length dim"]:
         flat = x.reshape(-1, x.shape[-1])
         gate, up = project_all(flat, self.gate_proj, self.up_proj)
-        return self.down_proj(F.silu(gate) * up).view(x.shape)
+        (result,) = project_all(F.silu(gate) * up, self.down_proj)
+        return result.view(x.shape)
 
 
 class Block(nn.Module):

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from anarcho_model.layers.torch_cpu import transposed_product
 from anarcho_model.logprobs.chunks import chunk_tokens
 
 __all__ = ["chunked_logprobs"]
@@ -77,6 +78,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 pass
             elif weight.dtype == ctx.dtype:
                 grad_weight.addmm_(grad_logits.t(), part)
+            elif grad_logits.device.type == "cpu" and torch.compiler.is_compiling():
+                grad_weight += transposed_product(grad_logits, part)
             else:
                 grad_weight += grad_logits.t() @ part
             del grad_logits
@@ -103,8 +106,8 @@ def _grad_logits(logits: Tensor, normalisers: Tensor, targets: Tensor, grad_outp
     """
     probabilities = logits.sub_(normalisers[:, None]).exp_()
     if torch.compiler.is_compiling():
-        ids = torch.arange(logits.shape[1], device=logits.device)
-        probabilities = torch.where(ids == targets[:, None], probabilities - 1, probabilities)
+        ids = torch.arange(logits.shape[1], device=logits.device, dtype=torch.int32)  # as wide as the logits
+        probabilities = torch.where(ids == targets[:, None].int(), probabilities - 1, probabilities)
     else:
         probabilities.scatter_add_(1, targets[:, None], torch.full_like(targets[:, None], -1, dtype=logits.dtype))
     return probabilities.mul_(-grad_output[:, None])
