@@ -9,6 +9,7 @@ import pytest
 import torch
 from anarcho_train import StepSchedule, TrainConfig
 from anarcho_train.steps import torch as steps
+from anarcho_train.steps.files import OPTIMIZER_FILE
 from safetensors import safe_open
 
 from .conftest import Bigram, CountingText, make_step
@@ -66,12 +67,12 @@ def test_a_step_that_is_not_finite_changes_nothing_and_says_so(value):
     step = make_step()
     step.train(split(8, 8), schedule=SCHEDULE)
     before = {name: p.detach().clone() for name, p in step.model.named_parameters()}
-    state = {name: t.clone() for name, t in step._optimizer_tensors().items()}
+    state = {name: t.clone() for name, t in step._files.state_tensors().items()}
     (batch,) = split(8, 8)
     batch.weights[0, 0] = value
     assert step.train([batch], schedule=SCHEDULE).skipped
     assert all(torch.equal(p, before[name]) for name, p in step.model.named_parameters())
-    assert all(torch.equal(t, state[name]) for name, t in step._optimizer_tensors().items())
+    assert all(torch.equal(t, state[name]) for name, t in step._files.state_tensors().items())
     assert not step.train(split(8, 8), schedule=SCHEDULE).skipped
 
 
@@ -106,7 +107,7 @@ def test_optimizer_state_has_canonical_names(tmp_path):
     step = make_step()
     step.train(split(8, 4), schedule=SCHEDULE)
     step.save(tmp_path)
-    with safe_open(tmp_path / steps.OPTIMIZER_FILE, framework="pt") as file:
+    with safe_open(tmp_path / OPTIMIZER_FILE, framework="pt") as file:
         names = set(file.keys())
     assert {
         "hidden.weight.exp_avg",
@@ -127,7 +128,7 @@ def test_the_state_of_another_model_is_refused_by_name(tmp_path):
             self.hidden = torch.nn.Linear(8, 8, bias=False)
 
     other = make_step(Wider())
-    other._load_model = lambda model, directory: None
+    other._files._load_model = lambda model, directory: None
     with pytest.raises(
         ValueError, match=r"optimizer.safetensors holds hidden.bias.exp_avg, which this optimizer and model do not have"
     ):

@@ -4,9 +4,7 @@ Notable: weights, gradients and optimizer state are float32; only matrix product
 finite changes nothing; on CUDA the device decides that, with an optimizer that takes ``found_inf`` and ``grad_scale`` as torch's fused ones
 do, so that it never waits for the host. With several processes all of that is decided from sums over all of them, by each alike.
 
-The state on disk is safetensors under parameter names, so it depends neither on this class nor on the order of parameters: the model's
-files as the caller writes them, ``optimizer.safetensors`` with ``<parameter>.<state>`` and ``runtime.safetensors`` with the random
-generators and the loss scale.
+What is on disk, `torch_files` writes and reads.
 """
 
 from __future__ import annotations
@@ -20,8 +18,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.profiler import record_function
 
@@ -30,13 +26,12 @@ from anarcho_train.interfaces import Draws
 from anarcho_train.losses.torch import NextTokenLoss, answer_logprobs
 from anarcho_train.out_of_memory import guarded, is_out_of_memory, reason
 from anarcho_train.step import Batch, LossSum, StepMetrics, StepSchedule
-from anarcho_train.steps.files import OPTIMIZER_FILE, RUNTIME_FILE
 from anarcho_train.steps.torch_anomalies import CheckedLoss, first_anomaly
-from anarcho_train.steps.torch_memory import RandomState, empty_caches, forget_updates, host_copy
+from anarcho_train.steps.torch_files import StateFiles
+from anarcho_train.steps.torch_memory import RandomState, empty_caches, forget_updates
 from anarcho_train.steps.torch_ranks import TorchRanks
 from anarcho_train.steps.torch_replicas import Replicas
 from anarcho_train.steps.torch_settings import resolve_compile, resolve_precision
-from anarcho_train.steps.torch_state import load_optimizer
 from anarcho_train.steps.torch_updates import UpdateSizes
 from anarcho_train.steps.torch_waiting import Done, Later
 
@@ -146,7 +141,7 @@ class TorchStep:
         self.compiled = resolve_compile(config.compile, self.device, flops=flops)
         self._may_fall_back = config.compile == "auto"
         self._grad_clip = config.grad_clip
-        self._save_model, self._load_model, self._notify = save_model, load_model, notify
+        self._notify = notify
         self._draws = draws
         self._loss: StageLoss = NextTokenLoss() if loss is None else loss
         self._scaler = self._new_scaler()
@@ -162,7 +157,14 @@ class TorchStep:
             self._logprobs = self._parts.compiled(self._logprobs)
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
-        self._names = {id(p): name for name, p in model.named_parameters()}
+        self._files = StateFiles(
+            model,
+            optimizer,
+            self._parts,
+            scaler=lambda: self._scaler,
+            save_model=save_model,
+            load_model=load_model,
+        )
         self._begin, self._first_random = begin, RandomState(self.device)
         self._keeps_state = bool(optimizer.state)
         self._updating = False
@@ -170,7 +172,7 @@ class TorchStep:
         self._decides_on_device = gated and self.device.type == "cuda" and not self._scaler.is_enabled()
         self._last_update = Done(self.device) if self._several else None
         if shards is not None:
-            shards.serve(self._state_tensors)
+            shards.serve(self._files.state_tensors)
         elif self._several:
             self._ranks.is_torn = self._is_torn
 
@@ -332,52 +334,15 @@ class TorchStep:
 
     def save(self, directory: Path) -> None:
         """Writes the model's files, the optimizer's state and the random state into ``directory``."""
-        self._guarded(
-            lambda: self._write(directory, self._parts.whole_model, self._optimizer_tensors, self._runtime_tensors())
-        )
+        self._guarded(lambda: self._files.save(directory))
 
     def snapshot(self) -> Callable[[Path], None]:
         """A copy in the host's memory of what `save` would write now; what is returned writes it, from any thread."""
-
-        def copied() -> tuple[nn.Module, dict[str, Tensor], dict[str, Tensor]]:
-            model = self._parts.whole_model() if self._parts.shared else host_copy(self.model)
-            return model, self._optimizer_tensors(copy=True), self._runtime_tensors()
-
-        model, optimizer, runtime = self._guarded(copied)
-        return lambda directory: self._write(directory, lambda: model, lambda: optimizer, runtime)
-
-    def _write(
-        self,
-        directory: Path,
-        model: Callable[[], nn.Module],
-        optimizer: Callable[[], dict[str, Tensor]],
-        runtime: dict[str, Tensor],
-    ) -> None:
-        """Each part is asked for when it is written: of shards, a copy is made of it."""
-        try:
-            self._save_model(model(), directory)
-            save_file(optimizer(), directory / OPTIMIZER_FILE)
-            save_file(runtime, directory / RUNTIME_FILE)
-        except SafetensorError as error:  # Its text is the operating system's, for example that the disk is full.
-            raise OSError(f"{directory} cannot be written ({error}); free space there and resume the run") from error
+        return self._guarded(self._files.snapshot)
 
     def load(self, directory: Path) -> None:
         """Restores what `save` wrote; raises ValueError naming the first tensor that is missing, left over or of another shape."""
-        self._parts.change(lambda model: self._load_model(model, directory))
-        parameters = dict(self.model.named_parameters())
-        load_optimizer(directory / OPTIMIZER_FILE, self.optimizer, parameters, part=self._parts.part)
-        with safe_open(directory / RUNTIME_FILE, framework="pt") as file:
-            names = set(file.keys())
-            if "rng.cpu" in names:  # Another framework's state has another generator.
-                torch.set_rng_state(file.get_tensor("rng.cpu"))
-            if self.device.type != "cpu" and f"rng.{self.device.type}" in names:
-                _device_module(self.device).set_rng_state(file.get_tensor(f"rng.{self.device.type}"))
-            if self._scaler.is_enabled() and "loss_scale" in names:
-                state = {
-                    "scale": float(file.get_tensor("loss_scale")),
-                    "_growth_tracker": int(file.get_tensor("growth_tracker")),
-                }
-                self._scaler.load_state_dict(self._scaler.state_dict() | state)
+        self._files.load(directory)
 
     def whole_model(self) -> nn.Module:
         """The model, or of one in shards a copy that is whole, on the CPU."""
@@ -508,29 +473,6 @@ class TorchStep:
         self._parts.leave_compilation()
         self._logprobs = self.model.token_logprobs  # type: ignore[assignment]
 
-    def _optimizer_tensors(self, *, copy: bool = False) -> dict[str, Tensor]:
-        """State tensors by canonical name, contiguous on the CPU."""
-        return self._parts.whole_tensors(self._state_tensors, copy=copy)
-
-    def _state_tensors(self) -> dict[str, Tensor]:
-        """State tensors by canonical name, where and as they are."""
-        return {
-            f"{self._names[id(parameter)]}.{key}": value
-            for parameter, state in self.optimizer.state.items()
-            for key, value in state.items()
-            if isinstance(value, Tensor)
-        }
-
-    def _runtime_tensors(self) -> dict[str, Tensor]:
-        tensors = {"rng.cpu": torch.get_rng_state()}
-        if self.device.type != "cpu":
-            tensors[f"rng.{self.device.type}"] = _device_module(self.device).get_rng_state()
-        if self._scaler.is_enabled():
-            state = self._scaler.state_dict()
-            tensors["loss_scale"] = torch.tensor(float(state["scale"]))
-            tensors["growth_tracker"] = torch.tensor(int(state["_growth_tracker"]))
-        return tensors
-
 
 def _sums(found: Sequence[tuple[Tensor, dict[str, Tensor]]]) -> _Sums:
     rows = [torch.stack([loss.detach(), *measures.values()]) for loss, measures in found]
@@ -545,7 +487,3 @@ def _total(names: Sequence[str], measured: Sequence[Sequence[float]], *, weight:
 
 def _group_name(index: int, group: dict[str, Any]) -> str:
     return str(group.get("name", f"group {index}")).replace(" ", "_")
-
-
-def _device_module(device: torch.device) -> Any:
-    return torch.mps if device.type == "mps" else torch.cuda
