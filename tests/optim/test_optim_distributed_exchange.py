@@ -104,7 +104,7 @@ def test_owners_get_whole_matrices_and_every_rank_its_shards_back_bit_for_bit_wi
 
 
 def exchange_model_shards() -> None:
-    """Shards of FSDP2's own making, on ranks of which the last one has none of a single row; and on one dimension of a larger mesh."""
+    """Shards of FSDP2's own making, on ranks of which the last one has none of a single row; on one dimension of a larger mesh; replicated."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 1), nn.Linear(1, 5), nn.Linear(5, 6), nn.Linear(6, 6))
     reference = copy.deepcopy(model)
@@ -115,6 +115,7 @@ def exchange_model_shards() -> None:
         exchange_gradient(module.weight.grad, expected.weight.grad)
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
     exchange_gradient(distribute_tensor(numbers(3, 5), mesh["shards"], [Shard(1)]), numbers(3, 5))
+    exchange_gradient(distribute_tensor(numbers(3, 5), mesh, [Replicate(), Shard(0)]), numbers(3, 5))
 
 
 def exchange_gradient(gradient: DTensor, expected: Tensor) -> None:
@@ -144,7 +145,8 @@ def cut_and_join() -> None:
 
 
 def cut(parameter: DTensor, full: Tensor) -> None:
-    assert kind(parameter) == "general"
+    replicated = any(isinstance(placement, Replicate) for placement in parameter.placements)
+    assert kind(parameter) == ("sharded" if replicated else "general")
     with torch.no_grad():
         assert equal([whole(parameter)], [full]), parameter.placements
         with CommDebugMode() as collectives:

@@ -2,9 +2,10 @@
 
 Notable: nothing here computes. `kind` says how a parameter lies, and each kind has its way:
 
-* ``sharded`` (FSDP2, one Shard on a one-dimensional mesh): `ShardExchange` brings the shards of each matrix of a bucket to the rank that
-  owns it, and the shards of the results back; one collective each way, however many matrices there are and whatever travels beside them;
-* ``general`` (HSDP, FSDP with tensor parallelism, any other placement): `whole` gathers a tensor on every rank, `local_shard` cuts it;
+* ``sharded`` (FSDP2, one Shard; HSDP, one Shard and replicas of it): `ShardExchange` brings the shards of each matrix of a bucket to the
+  rank that owns it, and the shards of the results back; one collective each way, however many matrices there are and whatever travels
+  beside them. Replicas do the same beside each other, so nothing travels between them;
+* ``general`` (FSDP with tensor parallelism, any other placement): `whole` gathers a tensor on every rank, `local_shard` cuts it;
 * ``plain`` (one process, or replicas under DDP): nothing has to move, or `OwnedShares` lets each rank compute a share of the updates.
 
 Every rank of the mesh or group has to make the same calls in the same order, also one that holds or owns nothing. Call them under
@@ -29,16 +30,27 @@ Kind = Literal["plain", "sharded", "general"]
 
 
 def kind(tensor: Tensor) -> Kind:
-    """How ``tensor`` lies: ``plain`` (this rank holds all of it), ``sharded`` (one Shard on a one-dimensional mesh) or ``general``."""
+    """How ``tensor`` lies: ``plain`` (this rank holds all of it), ``sharded`` (one Shard, its replicas apart) or ``general``."""
     if not isinstance(tensor, DTensor) or all(isinstance(placement, Replicate) for placement in tensor.placements):
         return "plain"
     return "sharded" if is_sharded(tensor) else "general"
 
 
 def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Whether ``tensor`` is a DTensor with a Shard, and not a strided one, on a one-dimensional mesh."""
+    """Whether ``tensor`` is a DTensor with a Shard, and not a strided one, along one dimension of its mesh and replicas along the others."""
     # The exact type: in some releases of torch a strided shard is a subclass of Shard.
-    return isinstance(tensor, DTensor) and [type(placement) for placement in tensor.placements] == [Shard]
+    kinds = [type(placement) for placement in tensor.placements] if isinstance(tensor, DTensor) else []
+    return kinds.count(Shard) == 1 and kinds.count(Replicate) == len(kinds) - 1
+
+
+def sharded_dim(tensor: DTensor) -> int:
+    """The dimension of its mesh along which a tensor that `is_sharded` is cut."""
+    return next(dim for dim, placement in enumerate(tensor.placements) if isinstance(placement, Shard))
+
+
+def num_shards(tensor: DTensor) -> int:
+    """How many shards make up a tensor that `is_sharded`."""
+    return tensor.device_mesh.size(sharded_dim(tensor))
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -132,16 +144,17 @@ class ShardExchange:
     def __init__(self, like: DTensor, count: int, *, extra_shape: Sequence[int] | None = None, first: int = 0) -> None:
         if not is_sharded(like):
             raise ValueError(
-                f"like has placements {like.placements}; expected one Shard on a mesh of one dimension: "
-                "use whole and local_shard for any other"
+                f"like has placements {like.placements}; expected one Shard, and Replicate along any other dimension of the mesh: "
+                "use whole and local_shard for the rest"
             )
-        mesh, placement = like.device_mesh, like.placements[0]
-        self._group = mesh.get_group()
-        self._rank = mesh.get_local_rank()
+        dim = sharded_dim(like)
+        mesh, placement, num_ranks = like.device_mesh, like.placements[dim], num_shards(like)
+        self._group = mesh.get_group(dim)
+        self._rank = mesh.get_local_rank(dim)
         self._count = count
-        self._shares = owner_shares(count, mesh.size(), first=first)
+        self._shares = owner_shares(count, num_ranks, first=first)
         self._layouts = [
-            _Layout(tuple(shape), _shared_dim(placement, like.shape, shape), mesh.size())
+            _Layout(tuple(shape), _shared_dim(placement, like.shape, shape), num_ranks)
             for shape in (like.shape, extra_shape)
             if shape is not None
         ]

@@ -61,9 +61,9 @@ def num_owners(tensor: Tensor) -> int:
     """Number of ranks among which whole matrices like ``tensor`` are shared out by `ShardExchange`; 1 where they are not."""
     if not is_dtensor(tensor):
         return 1
-    from anarcho_optim.torch.distributed import is_sharded
+    from anarcho_optim.torch.distributed import is_sharded, num_shards
 
-    return tensor.device_mesh.size() if is_sharded(tensor) else 1
+    return num_shards(tensor) if is_sharded(tensor) else 1
 
 
 def local_gradient(parameter: Tensor) -> Tensor:
