@@ -111,37 +111,46 @@ def plan_run(config: RunConfig, *, device: str, backend: str = "torch", rows: in
         checkpointing = config.train.gradient_checkpointing is True
         train = dataclasses.replace(config.train, micro_batch=size, gradient_checkpointing=checkpointing)
         config = dataclasses.replace(config, train=train)
-    micro_batch = config.train.fixed_micro_batch
     dtype_bytes = _dtype_bytes(config.train.precision, device, backend)
-    model = config.model
-    mlx = backend == "mlx"
-    kind = device_kind(device)
-    scratch = mlx_scratch_bytes if mlx else scratch_bytes
-    adamw_alone = config.lora.rank > 0 and config.lora.optimizer == "adamw"
     return Plan(
         config=config,
         backend=backend,
         device=device,
         dtype_bytes=dtype_bytes,
-        memory=training_memory(
-            model,
-            micro_batch=rows or micro_batch,
-            length=config.sequence_length,
-            compute_dtype_bytes=dtype_bytes,
-            gradient_checkpointing=config.train.gradient_checkpointing is True,
-            optimizer_scratch_bytes=0 if adamw_alone else scratch(kind, _muon_parameters(config)),
-            gradients_held=config.batch_sequences > micro_batch,
-            segments=config.data.isolate_documents,
-            adapter=config.lora,
-            framework="mlx" if mlx else "torch",
-            device=kind,
-            freed_is_returned=kind == "cpu" and returns_freed_memory(),
-            # `auto` makes the copy only where there is room left; a GPU with memory of its own has it elsewhere.
-            background_copy=config.train.save_in_background is True and kind != "cuda",
-        ),
+        memory=_memory(config, device_kind(device), backend, dtype_bytes=dtype_bytes, rows=rows),
         library_bytes=library_bytes(config.train.compile, device, backend),
         flops=config.flops_per_token * config.total_tokens,
     )
+
+
+def _memory(
+    config: RunConfig, kind: Literal["cpu", "mps", "cuda"], backend: str, *, dtype_bytes: int, rows: int | None
+) -> MemoryForecast:
+    mlx, micro_batch = backend == "mlx", config.train.fixed_micro_batch
+    adamw_alone = config.lora.rank > 0 and config.lora.optimizer == "adamw"
+    matrices = 0 if adamw_alone else _muon_parameters(config)
+    scratch = mlx_scratch_bytes if mlx else scratch_bytes
+    memory = training_memory(
+        config.model,
+        micro_batch=rows or micro_batch,
+        length=config.sequence_length,
+        compute_dtype_bytes=dtype_bytes,
+        gradient_checkpointing=config.train.gradient_checkpointing is True,
+        optimizer_scratch_bytes=scratch(kind, matrices) if matrices else 0,
+        gradients_held=config.batch_sequences > micro_batch,
+        narrow_gradients=not mlx and dtype_bytes == 2 and config.train.precision != "float16",
+        segments=config.data.isolate_documents,
+        adapter=config.lora,
+        framework="mlx" if mlx else "torch",
+        device=kind,
+        freed_is_returned=kind == "cpu" and returns_freed_memory(),
+        # `auto` makes the copy only where there is room left; a GPU with memory of its own has it elsewhere.
+        background_copy=config.train.save_in_background is True and kind != "cuda",
+    )
+    if mlx or kind != "cuda" or not matrices:
+        return memory
+    room = dataclasses.replace(memory, optimizer_scratch=0).transient - memory.gradients
+    return dataclasses.replace(memory, optimizer_scratch=scratch_bytes(kind, matrices, room=room))
 
 
 def library_bytes(compilation: str, device: str, backend: str) -> int:

@@ -46,7 +46,7 @@ class MemoryForecast:
     weights: int
     """Parameters in float32, an adapter's included."""
     gradients: int
-    """Gradients in float32, of what is trained."""
+    """Gradients of what is trained, in float32 unless they may be narrow."""
     optimizer: int
     """The optimizer's state."""
     optimizer_scratch: int
@@ -62,7 +62,7 @@ class MemoryForecast:
     weight_casts: int
     """Copies of the weights in the compute dtype, alive from forward to backward."""
     forward_casts: int
-    """The same in forward alone: autocast keeps them to its end, also where checkpointed blocks make them again."""
+    """The same in forward alone, where a framework keeps them to its end although checkpointed blocks make them again."""
     forward_chunk: int
     """One chunk of logits, and the output layer's cast weights."""
     vocabulary_chunk: int
@@ -123,6 +123,7 @@ def training_memory(
     optimizer_scratch_bytes: int = 0,
     logits_chunk_bytes: int | None = None,
     gradients_held: bool = True,
+    narrow_gradients: bool = False,
     segments: bool = False,
     host_copy: bool = False,
     background_copy: bool = False,
@@ -131,7 +132,7 @@ def training_memory(
     device: Literal["cpu", "mps", "cuda"] = "cpu",
     freed_is_returned: bool = False,
 ) -> MemoryForecast:
-    """Forecast the memory of training steps, with float32 weights and gradients.
+    """Forecast the memory of training steps, with float32 weights.
 
     Args:
         micro_batch: sequences computed at a time.
@@ -143,6 +144,7 @@ def training_memory(
         optimizer_scratch_bytes: what the optimizer's update needs besides.
         logits_chunk_bytes: as the model's attribute; None is what it is by default.
         gradients_held: whether a step has several micro-batches, or gradients are zeroed in place rather than freed.
+        narrow_gradients: whether gradients that are not held stay in the compute dtype where nothing is added to them.
         segments: whether documents are isolated by a mask.
         host_copy: whether saving copies from a device into the same memory, as on a Mac.
         background_copy: whether checkpoints are written from a copy in the same memory while training goes on.
@@ -167,11 +169,12 @@ def training_memory(
     matrices = config.num_layers * _block_matrix_parameters(config)
     added = 0 if lora is None else sum(rows * columns for rows, columns in adapter_shapes(config, lora).values())
     weights = FLOAT * (config.num_parameters + added)
+    stored = compute if narrow_gradients and not gradients_held else FLOAT  # a number of a matrix's gradient
     if lora is None:
-        gradients = weights
+        gradients = weights - (FLOAT - stored) * matrices
         optimizer = matrix_optimizer_bytes * matrices + other_optimizer_bytes * (config.num_parameters - matrices)
     else:
-        gradients = FLOAT * added
+        gradients = stored * added
         optimizer = (matrix_optimizer_bytes if lora.optimizer == "muon" else other_optimizer_bytes) * added
     own_copy = head if lora is None else max(head, FLOAT * _target_parameters(config, lora))
     kinds = {"segments": segments, "adapter": lora, "framework": framework, "device": device}
@@ -183,7 +186,7 @@ def training_memory(
     casts = compute * (own_casts + added // config.num_layers) if compute != FLOAT else 0
     all_casts = config.num_layers * casts
     tied, trained = config.tie_embeddings, lora is None
-    later = FLOAT * (matrices if trained else added) * (config.num_layers - 1) // config.num_layers
+    later = stored * (matrices if trained else added) * (config.num_layers - 1) // config.num_layers
     rows = chunk_tokens(tokens, vocab_size=config.vocab_size, chunk_bytes=logits_chunk_bytes)
     forecast = MemoryForecast(
         weights=weights,
@@ -195,14 +198,14 @@ def training_memory(
         first_block=kept + (0 if gradient_checkpointing else casts) + (0 if gradients_held else later),
         recomputed=block - kept + casts if gradient_checkpointing else 0,
         weight_casts=0 if gradient_checkpointing else all_casts,
-        forward_casts=all_casts,
+        forward_casts=0 if gradient_checkpointing else all_casts,
         forward_chunk=_forward_chunk(config, rows=rows, compute=compute),
         vocabulary_chunk=_vocabulary_chunk(
             config, tokens=tokens, rows=rows, compute=compute, frozen=not trained, widens=device == "cpu"
         ),
         norm_scratch=tokens * (((2 if fused_norm else 4) * FLOAT - compute) * config.dim - 2 * FLOAT - 16),
         backward_scratch=_backward_scratch(
-            config, tokens=tokens, compute=compute, frozen=not trained, held=gradients_held
+            config, tokens=tokens, compute=compute, frozen=not trained, own=0 if gradients_held else stored
         ),
         head_gradient=head if trained and (tied or not gradients_held) else 0,
         embedding_gradient=head * (gradients_held + tied) if trained else 0,
@@ -327,18 +330,17 @@ def _vocabulary_chunk(config: ModelConfig, *, tokens: int, rows: int, compute: i
     return gradient + compute * head + max((FLOAT + compute) * chunk + earlier, compute * chunk + hidden + product)
 
 
-def _backward_scratch(config: ModelConfig, *, tokens: int, compute: int, frozen: bool, held: bool) -> int:
+def _backward_scratch(config: ModelConfig, *, tokens: int, compute: int, frozen: bool, own: int) -> int:
     """The largest moment of the feed-forward layer's backward, beyond its activations.
 
     These are: the last matrix's gradients; its gradient widened, if it is not float32; and the gradients of both factors beside that of
-    their product, which lies in the place of the product itself.
+    their product, which lies in the place of the product itself. ``own`` are the bytes of a number of a gradient that is new.
     """
     matrix = 0 if frozen else config.dim * config.ffn_size
     product = tokens * compute * config.ffn_size
     cast = tokens * compute * config.dim if compute != FLOAT else 0
     widened = (compute + FLOAT) * matrix if compute != FLOAT else 0
-    own = 0 if held else FLOAT * matrix
-    return tokens * FLOAT * config.dim + max(product + compute * matrix + cast, widened, 2 * product + own)
+    return tokens * FLOAT * config.dim + max(product + compute * matrix + cast, widened, 2 * product + own * matrix)
 
 
 def _check(**sizes: int) -> None:

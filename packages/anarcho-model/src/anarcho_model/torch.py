@@ -19,8 +19,9 @@ Sources: Llama (arXiv:2302.13971), SwiGLU (arXiv:2002.05202), GQA (arXiv:2305.13
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -107,6 +108,8 @@ class GPT(nn.Module):
     """Keep the residual stream in the compute dtype: a twentieth faster on an H100, at the price of rounding it in every block."""
     adapter: Adapter | None = None
     """The low-rank adapter that `anarcho_model.lora.torch.add_adapter` has given it."""
+    compiled_parts: bool = False
+    """Whether `compile_parts` has been called."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -186,6 +189,24 @@ class GPT(nn.Module):
             cache.lengths += tokens.shape[1]
         return self.model.norm(x)
 
+    def product_weights(self) -> list[Tensor]:
+        """The weights with a gradient that one product in the compute dtype makes, under autocast: it is no more precise than that."""
+        linear = (module for module in self.model.layers.modules() if isinstance(module, nn.Linear))
+        return [module.weight for module in linear if module.weight.requires_grad]
+
+    def compile_parts(self, *, enabled: bool = True) -> None:
+        """Compile each block, and the log-probabilities, by itself; or, not `enabled`, take that back.
+
+        Compared with a model that is compiled whole, a block's gradients leave it before the next block's are computed, which
+        saves memory with `gradient_checkpointing`; and what is compiled once serves all blocks.
+        """
+        self.compiled_parts = enabled
+        for block in self.model.layers:
+            if enabled:
+                block.compile(dynamic=False)
+            else:
+                block._compiled_call_impl = None
+
     def unembed(self, hidden: Float[Tensor, "*shape dim"]) -> Float[Tensor, "*shape vocab"]:
         """Logits of hidden states, in the compute dtype."""
         flat = hidden.reshape(-1, hidden.shape[-1])
@@ -225,7 +246,8 @@ class GPT(nn.Module):
             embedding_noise=embedding_noise,
             dropout_keys=dropout_keys,
         )
-        logprobs = chunked_logprobs(
+        logprobs_of = _compiled_logprobs() if self.compiled_parts else chunked_logprobs
+        logprobs = logprobs_of(
             hidden.reshape(-1, hidden.shape[-1]),
             self.head_weight,
             targets.reshape(-1),
@@ -262,3 +284,9 @@ class GPT(nn.Module):
             causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
             mask = (segments[:, None, :, None] == segments[:, None, None, :]) & causal
         return AttentionContext(cos=cos, sin=sin, mask=mask)
+
+
+@functools.cache
+def _compiled_logprobs() -> Callable[..., Tensor]:
+    """`chunked_logprobs`, compiled for itself."""
+    return torch.compile(chunked_logprobs, dynamic=False)

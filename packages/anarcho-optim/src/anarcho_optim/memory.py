@@ -15,11 +15,20 @@ before and after a step, and the result."""
 CUDA_SCRATCH_BYTES = 2**30
 """Upper bound of Muon's temporary memory on CUDA's fused path, unless one matrix needs more, or the optimizer is given another."""
 
+LEAST_CUDA_SCRATCH_BYTES = 128 * 2**20
+"""The same where memory is dear: batches that are smaller still make products that do not fill a GPU."""
 
-def scratch_bytes(device_type: str, parameters: int) -> int:
-    """Upper bound of Muon's temporary memory for a model of so many parameters on a device of this type (`cpu`, `mps`, `cuda`)."""
+
+def scratch_bytes(device_type: str, parameters: int, *, room: int | None = None) -> int:
+    """Upper bound of Muon's temporary memory for a model of so many parameters on a device of this type (`cpu`, `mps`, `cuda`).
+
+    ``room`` is what a training step leaves free at its update: on CUDA, where a bound can be given to the optimizer, no more is planned.
+    """
+    if device_type != "cuda":
+        return SCRATCH_BYTES
     # The half-precision iterate before and after a segment, and square stacks that are at most as large.
-    return min(CUDA_SCRATCH_BYTES, 6 * parameters) if device_type == "cuda" else SCRATCH_BYTES
+    most = min(CUDA_SCRATCH_BYTES, 6 * parameters)
+    return most if room is None else min(most, max(LEAST_CUDA_SCRATCH_BYTES, room))
 
 
 MLX_BATCHES = 14

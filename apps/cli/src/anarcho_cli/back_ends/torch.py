@@ -16,6 +16,7 @@ from anarcho_cli.back_ends.torch_processes import require_devices, shared_out
 from anarcho_cli.config import RunConfig
 from anarcho_cli.freed_memory import return_freed_memory
 from anarcho_cli.output import note
+from anarcho_cli.plan import plan_run
 
 if TYPE_CHECKING:
     from anarcho_model.torch import GPT
@@ -52,6 +53,7 @@ def make_step(
     from anarcho_model.lora import peft
     from anarcho_model.lora import torch as lora
     from anarcho_model.torch import GPT
+    from anarcho_optim.memory import CUDA_SCRATCH_BYTES
     from anarcho_optim.torch import MuonAdamW, param_groups
     from anarcho_train.losses.torch_preference import PreferenceLoss
     from anarcho_train.steps.torch import TorchStep
@@ -67,9 +69,14 @@ def make_step(
     if shards is None:
         model.to(device)
         ranks.join_devices(next(model.parameters()).device)
+    optimizer = MuonAdamW(
+        own.groups(model, routing=param_groups),
+        process_group=None if shards else ranks.computing,
+        cuda_scratch_bytes=plan_run(config, device=device).memory.optimizer_scratch or CUDA_SCRATCH_BYTES,
+    )
     return TorchStep(
         model,
-        MuonAdamW(own.groups(model, routing=param_groups), process_group=None if shards else ranks.computing),
+        optimizer,
         config=config.train,
         loss=PreferenceLoss(config.preference) if config.data.kind == "preference" else None,
         draws=training_draws(config),

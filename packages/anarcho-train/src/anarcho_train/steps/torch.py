@@ -1,6 +1,7 @@
 """The training step in PyTorch: accumulation by total weight, autocast, clipping, update, and an exact state on disk.
 
-Notable: weights, gradients and optimizer state are float32; only matrix products run in the compute type. A step whose gradient is not
+Notable: weights and optimizer state are float32, and so are gradients unless they are known in the compute type alone
+(`steps.torch_gradients`); only matrix products run in the compute type. A step whose gradient is not
 finite changes nothing; on CUDA the device decides that, with an optimizer that takes ``found_inf`` and ``grad_scale`` as torch's fused ones
 do, so that it never waits for the host. With several processes all of that is decided from sums over all of them, by each alike.
 
@@ -28,6 +29,7 @@ from anarcho_train.out_of_memory import guarded, is_out_of_memory, reason
 from anarcho_train.step import Batch, LossSum, StepMetrics, StepSchedule
 from anarcho_train.steps.torch_anomalies import CheckedLoss, first_anomaly
 from anarcho_train.steps.torch_files import StateFiles
+from anarcho_train.steps.torch_gradients import GradientTypes, clipped, total_norm
 from anarcho_train.steps.torch_memory import RandomState, empty_caches, forget_updates
 from anarcho_train.steps.torch_ranks import TorchRanks
 from anarcho_train.steps.torch_replicas import Replicas
@@ -171,6 +173,7 @@ class TorchStep:
         gated = getattr(optimizer, "_step_supports_amp_scaling", False)
         self._decides_on_device = gated and self.device.type == "cuda" and not self._scaler.is_enabled()
         self._last_update = Done(self.device) if self._several else None
+        self._gradients = GradientTypes(model, optimizer, compute=self.precision)
         if shards is not None:
             shards.serve(self._files.state_tensors)
         elif self._several:
@@ -237,14 +240,16 @@ class TorchStep:
         """Reads loss and norm, and then updates or does not."""
         self._scaler.unscale_(self.optimizer)
         norm = self._norm()
-        torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self._grad_clip or float("inf"), norm)
+        if not self._gradients.narrow:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self._grad_clip or float("inf"), norm)
         grad_norm, losses = float(norm), measured.tolist()
         loss = math.fsum(row[0] for row in losses)
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         updated = finite and weight > 0 and (schedule.max_loss is None or loss / weight <= schedule.max_loss)
         sizes = self._sizes() if updated and schedule.measure_update else None
         if updated:
-            with self._update_under_way():
+            bound = self._grad_clip if self._gradients.narrow else 0.0
+            with self._update_under_way(), clipped(self.optimizer, norm, bound):
                 self._scaler.step(self.optimizer)
         self._scaler.update()
         return _Update(measured=losses, grad_norm=grad_norm, updated=updated, sizes=sizes)
@@ -285,9 +290,7 @@ class TorchStep:
         return self._updating or not (self._last_update is None or self._last_update.soon())
 
     def _norm(self) -> Tensor:
-        """The norm of all gradients together, of all ranks where they hold shards."""
-        norm: Any = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
 
     def _sizes(self) -> UpdateSizes:
         return UpdateSizes(self._parameters_by_group(), total=self._parts.sum)
@@ -396,6 +399,7 @@ class TorchStep:
         """Gradients that ``logprobs`` gives; where it is that of all ranks together, the last backward pass is for their exchange."""
         together = logprobs is self._parts
         self.optimizer.zero_grad(set_to_none=True)
+        self._gradients.begin(accumulated=self._several or len(micro_batches) > 1)
         found = []
         first_row = share.first_row
         divisor = share.weight / (self._ranks.size if together else 1)  # Gradients are averaged.
@@ -464,7 +468,8 @@ class TorchStep:
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision == torch.float32:
             return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.precision)
+        # What is cast is read once; cached, it would stay to the end of a forward pass that keeps nothing else.
+        return torch.autocast(self.device.type, dtype=self.precision, cache_enabled=False)
 
     def _leave_compilation(self, error: Exception) -> None:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

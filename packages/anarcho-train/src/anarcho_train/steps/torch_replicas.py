@@ -32,16 +32,23 @@ class Replicas:
         self._sent = 0
         self._averaged: DistributedDataParallel | None = None
 
-    @staticmethod
-    def compiled(logprobs: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """The function compiled, for batches of a few shapes."""
+    def compiled(self, logprobs: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The function compiled, for batches of a few shapes; where memory is to be saved, in parts."""
         # Cut into the buckets of its gradients, the model could not have operators of its own.
         torch._dynamo.config.optimize_ddp = False
+        if self._saves_memory:
+            self._model.compile_parts()  # type: ignore[operator]
+            return logprobs
         return torch.compile(logprobs, dynamic=False)
 
-    @staticmethod
-    def leave_compilation() -> None:
-        """Nothing is compiled but the function itself."""
+    def leave_compilation(self) -> None:
+        """The model is as it was."""
+        if self._saves_memory:
+            self._model.compile_parts(enabled=False)  # type: ignore[operator]
+
+    @property
+    def _saves_memory(self) -> bool:
+        return bool(getattr(self._model, "gradient_checkpointing", False)) and hasattr(self._model, "compile_parts")
 
     def padded(self, micro_batches: Sequence[Any], most: int) -> list[tuple[Any, float]]:
         """The micro-batches, each with what its loss counts."""
