@@ -6,7 +6,14 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from anarcho_cli.back_ends.torch_processes import (
+    ProcessesError,
+    processes_by_machine,
+    replicas_of,
+    smallest_strategy,
+)
 from anarcho_cli.config import resolve
 from anarcho_cli.launcher import Order
 from anarcho_cli.launching import LaunchError, connected, is_restarted, transport
@@ -101,3 +108,37 @@ def test_only_processes_that_torchrun_starts_again_are_restarted():
     assert not is_restarted(TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "0"})
     assert is_restarted(TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "1"})
     assert not is_restarted({"TORCHELASTIC_RESTART_COUNT": "1"}), "one process alone begins anew"
+
+
+class Told:
+    """A rank among others of which it is known what they say."""
+
+    def __init__(self, rank, others):
+        self.rank, self.size, self._others = rank, len(others), others
+
+    def gathered(self, values):
+        assert values[0] == self._others[self.rank]
+        return np.array(self._others, np.float64)[:, None]
+
+
+def test_the_machines_of_processes_are_those_that_torchrun_numbers():
+    environment = {"LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1"}
+    assert processes_by_machine(Told(2, [0, 0, 1, 1]), environment) == [2, 2]
+    assert processes_by_machine(Told(3, [0, 0, 0, 1]), environment) == [3, 1]
+    assert processes_by_machine(Told(3, [0, 0, 1, 1]), {"LOCAL_WORLD_SIZE": "2"}) == [2, 2]
+    assert processes_by_machine(Told(1, [0, 1]), {}) == [1, 1]
+
+
+def test_the_strategy_is_the_one_that_fits_and_moves_the_least_between_machines():
+    for machines in ([4], [4, 4], [4, 2]):
+        assert smallest_strategy(100, 100, machines=machines) == "ddp"
+        assert smallest_strategy(401, 100, machines=machines) == "fsdp"
+    assert smallest_strategy(400, 100, machines=[4, 4]) == "hybrid"
+    for machines in ([8], [4, 2], [1, 1]):
+        assert smallest_strategy(400, 100, machines=machines) == "fsdp"
+
+
+def test_replicas_need_as_many_processes_on_each_machine():
+    assert replicas_of([2, 2, 2]) == 3
+    with pytest.raises(ProcessesError, match=r"hybrid, but the machines have 2, 1 processes; start as many on each"):
+        replicas_of([2, 1])

@@ -43,6 +43,7 @@ TINY = {
 }
 LOST = 75
 FSDP = ["--set", "train.strategy=fsdp"]
+HYBRID = ["--set", "train.strategy=hybrid"]
 AGAIN = ["pretrain", "--resume", "runs/run"]
 
 
@@ -83,9 +84,10 @@ def assert_same_losses(run: Path, expected: Path, *, atol: float) -> None:
         np.testing.assert_allclose([ours[s] for s in theirs], [*theirs.values()], atol=atol, rtol=0)
 
 
-@pytest.mark.parametrize(("count", "strategy"), [(2, "ddp"), (4, "ddp"), (4, "fsdp")])
+@pytest.mark.parametrize(("count", "strategy"), [(2, "ddp"), (4, "ddp"), (4, "fsdp"), (4, "hybrid")])
 def test_any_number_of_processes_trains_what_one_does_on_the_same_samples(begin, whole, tmp_path, count, strategy):
-    launched = Launched(tmp_path, [[*begin, "--set", f"train.strategy={strategy}"]] * count)
+    machines = 2 if strategy == "hybrid" else 1
+    launched = Launched(tmp_path, [[*begin, "--set", f"train.strategy={strategy}"]] * count, machines=machines)
     assert launched.exit_codes() == [0] * count, launched.errors()
     assert launched.rows() == whole.rows()
     assert_same_losses(run_of(launched), run_of(whole), atol=1e-5)
@@ -96,14 +98,16 @@ def test_any_number_of_processes_trains_what_one_does_on_the_same_samples(begin,
     assert "anarcho" not in launched.errors(1)
 
 
-def test_a_run_goes_on_over_four_two_one_and_three_processes_in_either_strategy(begin, whole, tmp_path):
+def test_a_run_goes_on_over_four_two_one_three_and_four_processes_in_any_strategy(begin, whole, tmp_path):
     rows = []
-    for number, (arguments, count, stop) in enumerate(
-        [([*begin, *FSDP], 4, 5), (AGAIN, 2, 5), (AGAIN, 1, 5), ([*AGAIN, *FSDP], 3, None)]
+    for number, (arguments, count, machines) in enumerate(
+        [([*begin, *FSDP], 4, 1), (AGAIN, 2, 1), ([*AGAIN, *HYBRID], 4, 2), (AGAIN, 1, 1), ([*AGAIN, *FSDP], 3, 1)]
     ):
-        launched = Launched(tmp_path, [arguments] * count, faults={count - 1: ("SIGTERM", stop)} if stop else {})
+        stop = 4 if number < 4 else None
+        faults = {count - 1: ("SIGTERM", stop)} if stop else {}
+        launched = Launched(tmp_path, [arguments] * count, faults=faults, machines=machines)
         assert launched.exit_codes() == [128 + signal.SIGTERM if stop else 0] * count, launched.errors()
-        assert saved(launched)[-1] == min(STEPS, 5 * (number + 1))
+        assert saved(launched)[-1] == min(STEPS, 4 * (number + 1))
         rows += launched.rows()
     assert rows == whole.rows()
     assert_same_losses(run_of(launched), run_of(whole), atol=1e-4)

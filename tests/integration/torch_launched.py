@@ -53,14 +53,19 @@ class Launched:
         arguments: Sequence[Sequence[object]],
         *,
         faults: Mapping[int, tuple[str, int]] | None = None,
+        machines: int = 1,
     ) -> None:
-        """``faults`` is {rank: (signal that it sends to itself, or `memory` for none, before which of its steps)}."""
+        """``faults`` is {rank: (signal that it sends to itself, or `memory` for none, before which of its steps)}.
+
+        As far as they know, they run on so many ``machines``.
+        """
         self.directory = directory
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         self.processes = []
         for rank, own in enumerate(arguments):
-            told = (rank, [str(part) for part in own], str(directory), len(arguments), port, (faults or {}).get(rank))
+            fault = (faults or {}).get(rank)
+            told = (rank, [str(part) for part in own], str(directory), len(arguments), machines, port, fault)
             # By its path: pytest alone knows this module by a name.
             process = _SERVER.Process(target=runpy.run_path, args=(__file__, {"RANK": told}, _RANK))
             self.processes.append(process)
@@ -97,7 +102,15 @@ class Launched:
         return int(process.exitcode)
 
 
-def _run(rank: int, arguments: list[str], directory: str, size: int, port: int, fault: tuple[str, int] | None) -> None:
+def _run(
+    rank: int,
+    arguments: list[str],
+    directory: str,
+    size: int,
+    machines: int,
+    port: int,
+    fault: tuple[str, int] | None,
+) -> None:
     """A rank: the command with the environment of torchrun, its streams in files."""
     os.chdir(directory)
     for number, name in ((1, "stdout"), (2, "stderr")):
@@ -105,7 +118,9 @@ def _run(rank: int, arguments: list[str], directory: str, size: int, port: int, 
         os.dup2(file, number)
         setattr(sys, name, os.fdopen(number, "w", buffering=1, closefd=False))
     if size > 1:
-        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+        here = size // machines
+        numbers = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank % here, "LOCAL_WORLD_SIZE": here}
+        numbers |= {"GROUP_RANK": rank // here, "MASTER_PORT": port}
         os.environ |= {name: str(number) for name, number in numbers.items()} | {"MASTER_ADDR": "127.0.0.1"}
     import torch
 

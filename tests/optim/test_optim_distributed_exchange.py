@@ -104,7 +104,7 @@ def test_owners_get_whole_matrices_and_every_rank_its_shards_back_bit_for_bit_wi
 
 
 def exchange_model_shards() -> None:
-    """Shards of FSDP2's own making, on ranks of which the last one has none of a single row; on one dimension of a larger mesh; replicated."""
+    """Shards of FSDP2's own making, on ranks of which the last has none of a single row; on one dimension of a larger mesh; replicated."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 1), nn.Linear(1, 5), nn.Linear(5, 6), nn.Linear(6, 6))
     reference = copy.deepcopy(model)

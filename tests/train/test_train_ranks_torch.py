@@ -1,4 +1,5 @@
-"""Several PyTorch processes make the update of one, agree on memory that runs out in one of them, and never wait for ever."""
+"""Several PyTorch processes make the update of one, be the model whole in each or in shards, agree on memory that runs out in one of them,
+and never wait for ever."""
 
 from __future__ import annotations
 
@@ -19,16 +20,21 @@ pytestmark = [
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["anarcho_train.steps.torch", "torch.distributed.algorithms.ddp_comm_hooks.default_hooks", "torch._dynamo"]
+    [
+        "anarcho_train.steps.torch",
+        "anarcho_train.steps.torch_shards",
+        "torch.distributed.algorithms.ddp_comm_hooks.default_hooks",
+        "torch._dynamo",
+    ]
 )
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], Any]:
-    """What each rank left, by (how many there were, its number): of one process alone, and of two."""
+    """What each rank left, by (how many there were, its number): of one process alone, of two and of four."""
     directory = tmp_path_factory.mktemp("ranks")
     script = str(Path(__file__).with_name("torch_rank.py"))
-    all_ranks = [(rank, size) for size in (1, 2) for rank in range(size)]
+    all_ranks = [(rank, size) for size in (1, 2, 4) for rank in range(size)]
     processes = [
         SERVER.Process(target=runpy.run_path, args=(script, {"TOLD": (rank, size, str(directory))}, "__torch_rank__"))
         for rank, size in all_ranks
@@ -57,6 +63,20 @@ def test_two_ranks_make_the_updates_of_one_skipped_steps_included(outcomes):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5, nan_ok=True), name
         assert ours["update_ratios"] == pytest.approx(theirs["update_ratios"], rel=1e-4)
     assert first["trained"]["weights"] == pytest.approx(alone["trained"]["weights"], rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("held", [True, False])
+def test_four_ranks_with_shards_of_a_model_or_of_its_replicas_make_the_updates_of_one(outcomes, replicas, held):
+    """Gradients are held whole between micro-batches, or shared out within a replica each time; a sum over shards counts none twice."""
+    alone, found = outcomes[1, 0]["unbroken"], outcomes[4, 0][f"{replicas}-{held}"]
+    for ours, theirs in zip(found["steps"], alone["steps"], strict=True):
+        for name in ("loss", "weight", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
+        assert ours["update_ratios"] == pytest.approx(theirs["update_ratios"], rel=2e-2), "of a sample of the weights"
+    assert found["steps"][1]["update_ratios"]
+    assert found["counted"] == alone["counted"]
+    assert found["weights"] == pytest.approx(alone["weights"], rel=1e-4, abs=1e-4)
 
 
 def test_memory_that_runs_out_in_one_rank_is_known_to_both_and_the_step_can_be_tried_again(outcomes):

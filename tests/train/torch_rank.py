@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from anarcho_train import OutOfMemory, RankLost, StepSchedule, TrainConfig
+from anarcho_train.steps import torch_shards
 from anarcho_train.steps.torch import TorchStep
 from anarcho_train.steps.torch_ranks import TorchRanks
 from torch import nn
@@ -48,9 +49,14 @@ class Layers(nn.Module):
         return logits.log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
 
 
-def make_step(ranks: TorchRanks) -> TorchStep:
+def make_step(ranks: TorchRanks, *, replicas: int = 0) -> TorchStep:
+    """A step of the model whole in each rank, or in shards, of which there are so many ``replicas``."""
     torch.manual_seed(0)
     model = Layers()
+    shards = None
+    if replicas:
+        blocks = [model.hidden, model.wide]
+        shards = torch_shards.Shards(model, blocks, ranks, device=torch.device("cpu"), replicas=replicas)
     return TorchStep(
         model,
         torch.optim.AdamW(model.parameters(), lr=0.05),
@@ -58,10 +64,11 @@ def make_step(ranks: TorchRanks) -> TorchStep:
         save_model=lambda model, directory: None,
         load_model=lambda model, directory: None,
         ranks=ranks,
+        shards=shards,
     )
 
 
-def share(number: int, ranks: TorchRanks, *, broken: bool = False) -> list[Any]:
+def share(number: int, ranks: TorchRanks, *, broken: bool = False, micro: int = MICRO) -> list[Any]:
     """This rank's micro-batches of eight rows, contiguous; where the step is broken, a weight of the last row is no number."""
     from types import SimpleNamespace
 
@@ -71,8 +78,8 @@ def share(number: int, ranks: TorchRanks, *, broken: bool = False) -> list[Any]:
     weights[-1, 0] = np.nan if broken else 1
     rows = {"tokens": tokens.astype(np.int32), "targets": ((tokens + 1) % 13).astype(np.int32), "weights": weights}
     count = len(tokens) // ranks.size
-    starts = range(ranks.rank * count, (ranks.rank + 1) * count, MICRO)
-    parts = [{name: array[start : start + MICRO] for name, array in rows.items()} for start in starts]
+    starts = range(ranks.rank * count, (ranks.rank + 1) * count, micro)
+    parts = [{name: array[start : start + micro] for name, array in rows.items()} for start in starts]
     return [SimpleNamespace(**part, positions=None, segments=None) for part in parts]
 
 
@@ -125,6 +132,22 @@ def train(ranks: TorchRanks) -> dict[str, Any]:
     return {"steps": found, "weights": weights}
 
 
+def train_in_shards(ranks: TorchRanks, *, replicas: int, held: bool) -> dict[str, Any]:
+    """Three steps of a model in shards, whose gradients are ``held`` whole between micro-batches or not."""
+    torch_shards.HELD_GRADIENTS_SHARE = 0.1 if held else -1.0
+    step = make_step(ranks, replicas=replicas)
+    found = []
+    for number in range(3):
+        schedule = StepSchedule(lr_scale=1 / (number + 1), number=number, measure_update=number == 1)
+        found.append(asdict(step.train(share(number, ranks, micro=1), schedule=schedule)))
+    own = sum(parameter.to_local().numel() for parameter in step.model.parameters())
+    counted = float(step._parts.sum(torch.tensor(float(own))))
+    whole = step.whole_model() if ranks.rank == 0 else step.model
+    ranks.gathered([0.0])  # The others take part in what the first one reads.
+    sums = [float(p.detach().double().sum()) for p in whole.parameters()] if ranks.rank == 0 else []
+    return {"steps": found, "weights": sums, "counted": counted}
+
+
 def silence(rank: int) -> dict[str, Any]:
     """Rank 1 says nothing for longer than rank 0 waits; every later exchange of rank 0 fails at once."""
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=SILENT_SECONDS))
@@ -141,16 +164,33 @@ def silence(rank: int) -> dict[str, Any]:
     return {"messages": messages, "seconds": time.monotonic() - began}
 
 
+def unbroken() -> dict[str, Any]:
+    """What `train_in_shards` does, in one process."""
+    step, found = make_step(TorchRanks()), []
+    for number in range(3):
+        schedule = StepSchedule(lr_scale=1 / (number + 1), number=number, measure_update=number == 1)
+        found.append(asdict(step.train(share(number, TorchRanks()), schedule=schedule)))
+    weights = [float(p.detach().double().sum()) for p in step.model.parameters()]
+    return {"steps": found, "weights": weights, "counted": sum(p.numel() for p in step.model.parameters())}
+
+
 def main(rank: int, size: int, directory: str) -> None:
     torch.set_num_threads(1)
     if size == 1:
-        outcome = {"trained": train(TorchRanks())}
+        outcome = {"trained": train(TorchRanks()), "unbroken": unbroken()}
     else:
-        rendezvous = f"file://{directory}/rendezvous"
+        rendezvous = f"file://{directory}/rendezvous-{size}"
         dist.init_process_group(
             "gloo", init_method=rendezvous, rank=rank, world_size=size, timeout=timedelta(seconds=30)
         )
-        outcome = {"trained": train(TorchRanks(dist.group.WORLD, timeout_seconds=30)), "silence": silence(rank)}
+        ranks = TorchRanks(dist.group.WORLD, timeout_seconds=30)
+        if size == 2:
+            outcome = {"trained": train(ranks), "silence": silence(rank)}
+        else:
+            cases = [(replicas, held) for replicas in (1, 2) for held in (True, False)]
+            outcome = {
+                f"{replicas}-{held}": train_in_shards(ranks, replicas=replicas, held=held) for replicas, held in cases
+            }
     (Path(directory) / f"rank-{size}-{rank}.json").write_text(json.dumps(outcome))
 
 

@@ -67,10 +67,12 @@ class TrainConfig:
     """Noise on the embeddings while a model is tuned on conversations (NEFTune), usually 5 to 15; 0 adds none.
 
     It is uniform in `±alpha / sqrt(L * dim)`, for conversations of L tokens."""
-    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """How several processes of PyTorch share the model: `ddp` has it whole in each, `fsdp` a shard of every weight and of its state.
+    strategy: Literal["auto", "ddp", "fsdp", "hybrid"] = "auto"
+    """How several processes of PyTorch share the model: `ddp` has it whole in each, `fsdp` a shard of every weight and of its state,
+    `hybrid` such a shard of a model for each machine.
 
-    `auto` is `ddp` where weights, gradients and optimizer state fit each device."""
+    `auto` is `ddp` where weights, gradients and optimizer state fit each device, else `hybrid` where they fit all devices of each of
+    several machines, else `fsdp`."""
     rank_timeout_seconds: float = 600.0
     """How long a process of several waits for an answer of the others before it takes them for lost, saves and ends; in seconds."""
 
@@ -109,7 +111,7 @@ class TrainConfig:
         choices = {
             "precision": ("auto", "float32", "bfloat16", "float16"),
             "compile": ("auto", "on", "off"),
-            "strategy": ("auto", "ddp", "fsdp"),
+            "strategy": ("auto", "ddp", "fsdp", "hybrid"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

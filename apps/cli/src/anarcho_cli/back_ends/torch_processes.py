@@ -6,8 +6,9 @@ Notable: torchrun's processes take the CUDA device of their number on the machin
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from anarcho_cli.config import RunConfig
@@ -17,6 +18,7 @@ from anarcho_cli.plan import plan_run
 
 if TYPE_CHECKING:
     from anarcho_model.torch import GPT
+    from anarcho_train import Ranks
     from anarcho_train.steps.torch_ranks import TorchRanks
     from anarcho_train.steps.torch_shards import Shards
 
@@ -70,30 +72,59 @@ def shared_out(model: GPT, config: RunConfig, ranks: TorchRanks, *, device: str)
     import torch
     from anarcho_train.steps.torch_shards import Shards
 
-    if _strategy(config, ranks, device=device) == "ddp":
+    machines = processes_by_machine(ranks, os.environ)
+    strategy = config.train.strategy
+    if strategy == "auto":
+        strategy = _fitting(config, ranks, machines, device=device)
+    replicas = replicas_of(machines) if strategy == "hybrid" else 1
+    if strategy == "ddp" or replicas == ranks.size:
         return None
     if config.train.precision == "float16":
         raise ProcessesError(
-            "train.precision is float16, which does not go with train.strategy = 'fsdp'; use bfloat16 or float32"
+            f"train.precision is float16, which does not go with train.strategy = '{strategy}'; use bfloat16 or float32"
         )
-    return Shards(model, list(model.model.layers), ranks, device=torch.device(device))
+    return Shards(model, list(model.model.layers), ranks, device=torch.device(device), replicas=replicas)
 
 
-def _strategy(config: RunConfig, ranks: TorchRanks, *, device: str) -> str:
-    """`ddp` or `fsdp`, the same in all processes."""
-    if config.train.strategy != "auto":
-        return config.train.strategy
+def smallest_strategy(needed: int, budget: int, *, machines: Sequence[int]) -> str:
+    """What moves the least between machines of so many processes each, where one needs ``needed`` bytes alone and has ``budget``."""
+    if needed <= budget:
+        return "ddp"
+    together = len(machines) > 1 and len(set(machines)) == 1 and machines[0] > 1
+    return "hybrid" if together and needed / machines[0] <= budget else "fsdp"
+
+
+def _fitting(config: RunConfig, ranks: TorchRanks, machines: Sequence[int], *, device: str) -> str:
+    """What `auto` is, the same in all processes."""
     memory = plan_run(config, device=device).memory
     needed = memory.weights + memory.gradients + memory.optimizer + memory.optimizer_scratch
     here = 1 if device == "cuda" else _number(os.environ, "LOCAL_WORLD_SIZE", 1)
     budget = int(USED_SHARE * memory_budget("torch", device) / here)
-    if not ranks.gathered([needed > budget]).any():
-        return "ddp"
-    note(
-        f"weights, gradients and optimizer state take {bytes_text(needed)}, and a process has {bytes_text(budget)} for them: they are "
-        "shared out (fsdp)"
-    )
-    return "fsdp"
+    strategy = smallest_strategy(needed, int(ranks.gathered([budget]).min()), machines=machines)
+    if strategy != "ddp":
+        note(
+            f"weights, gradients and optimizer state take {bytes_text(needed)}, and a process has {bytes_text(budget)} for them: they are "
+            f"shared out ({strategy})"
+        )
+    return strategy
+
+
+def processes_by_machine(ranks: Ranks, environ: Mapping[str, str]) -> list[int]:
+    """How many each has, in the order of their numbers: torchrun says which machine this is, and numbers machine by machine."""
+    local = _number(environ, "LOCAL_WORLD_SIZE", 1)
+    machine = _number(environ, "GROUP_RANK", ranks.rank // local)
+    told = ranks.gathered([machine])[:, 0].tolist()
+    return [len(list(group)) for _, group in groupby(told)]
+
+
+def replicas_of(machines: Sequence[int]) -> int:
+    """One for each machine, all of which have as many processes."""
+    if len(set(machines)) > 1:
+        raise ProcessesError(
+            f"train.strategy is hybrid, but the machines have {', '.join(map(str, machines))} processes; start as many on each, or use "
+            "train.strategy = 'fsdp'"
+        )
+    return len(machines)
 
 
 def _number(environ: Mapping[str, str], name: str, default: int) -> int:

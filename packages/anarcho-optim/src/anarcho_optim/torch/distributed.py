@@ -37,7 +37,7 @@ def kind(tensor: Tensor) -> Kind:
 
 
 def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Whether ``tensor`` is a DTensor with a Shard, and not a strided one, along one dimension of its mesh and replicas along the others."""
+    """Whether ``tensor`` is a DTensor with a Shard, and not a strided one, along one dimension of its mesh, and replicas along others."""
     # The exact type: in some releases of torch a strided shard is a subclass of Shard.
     kinds = [type(placement) for placement in tensor.placements] if isinstance(tensor, DTensor) else []
     return kinds.count(Shard) == 1 and kinds.count(Replicate) == len(kinds) - 1

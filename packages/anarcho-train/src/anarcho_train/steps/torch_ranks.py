@@ -12,10 +12,9 @@ at which the others are about to exchange anything.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
 
 import numpy as np
 import torch
@@ -55,20 +54,36 @@ class TorchRanks:
         self._lost: RankLost | None = None
         self._lock = threading.Lock()
         self._helpers: Mapping[int, Callable[[], None]] = {}
+        self._on_devices: list[dist.ProcessGroup] = []
 
     def join_devices(self, device: torch.device) -> None:
         """Makes the group over which gradients and weights travel; called by all ranks."""
-        if self.size == 1 or self.computing is not None:
-            return
+        if self.size > 1 and self.computing is None:
+            self.computing = self._own_group([range(self.size)], device)
+
+    def grid(self, rows: int, device: torch.device) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+        """Groups as `computing` is, of the ranks laid out in ``rows`` in their order: this rank's column, and its row; called by all."""
+        numbers = np.arange(self.size).reshape(rows, -1)
+        return self._own_group(numbers.T.tolist(), device), self._own_group(numbers.tolist(), device)
+
+    def numbers(self, ranks: Iterable[int]) -> list[int]:
+        """What torch.distributed calls these ranks."""
+        all_ranks = dist.get_process_group_ranks(self._control)
+        return [all_ranks[rank] for rank in ranks]
+
+    def _own_group(self, parts: Sequence[Sequence[int]], device: torch.device) -> dist.ProcessGroup:
+        """A group of each of the parts into which the ranks fall, and of them this rank's own."""
         cuda = device.type == "cuda"
         seconds = self._timeout * (DEVICE_PATIENCE if cuda else 1)
         with self.watched():
-            group: Any = dist.new_group(
-                dist.get_process_group_ranks(self._control),
+            own, _ = dist.new_subgroups_by_enumeration(
+                [self.numbers(part) for part in parts],
                 backend="nccl" if cuda else "gloo",
                 timeout=timedelta(seconds=seconds),
             )
-        self.computing = group
+        assert own is not None, "every rank is in one of the parts"
+        self._on_devices.append(own)
+        return own
 
     def gathered(self, values: Sequence[float]) -> np.ndarray:
         """Each rank's values, float64 (ranks, values), exact to the last bit; raises `RankLost`."""
@@ -79,13 +94,16 @@ class TorchRanks:
             self._help_until(_NOTHING)
             return self._exchanged(numbers)
 
-    def sum(self, numbers: Tensor) -> Tensor:
-        """The sum of float tensors of one shape over the ranks, as float64, the same bits everywhere; where the model computes."""
+    def sum(self, numbers: Tensor, *, group: dist.ProcessGroup | None = None) -> Tensor:
+        """The sum of float tensors of one shape over the ranks, as float64, the same bits everywhere; where the model computes.
+
+        A ``group`` of `grid` sums over its ranks alone.
+        """
         if self.size == 1:
             return numbers
         total = numbers.double()
         with self.watched():
-            dist.all_reduce(total, group=self.computing)
+            dist.all_reduce(total, group=self.computing if group is None else group)
         return total
 
     def help_with(self, helpers: Mapping[int, Callable[[], None]]) -> None:
@@ -153,8 +171,9 @@ class TorchRanks:
 
     def _abort(self) -> None:
         """Ends what a GPU waits for; a host's exchanges end by themselves."""
-        if self.computing is not None and dist.get_backend(self.computing) == "nccl":
-            self.computing.abort()
+        for group in self._on_devices:
+            if dist.get_backend(group) == "nccl":
+                group.abort()
 
 
 def _first_words(text: str) -> str:

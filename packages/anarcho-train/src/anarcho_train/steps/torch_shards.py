@@ -2,6 +2,8 @@
 
 Notable:
 
+* All processes may hold one model together, or those of each machine one (HSDP): then whole weights never travel between machines, but
+  what is left of a step's gradients when they are shared out, once.
 * A block's weights are whole only while it computes, so every forward pass needs all processes: who has fewer micro-batches than others
   computes some without counting them, and who has none helps (`TorchRanks.together`).
 * Between the micro-batches of a step, whole gradients stay where they are while they are small beside the device's memory: then they travel
@@ -40,21 +42,28 @@ class Shards:
     """A model whose parameters are shared out, in place, over the ranks; made before its optimizer is.
 
     ``blocks`` are the modules that become whole one after the other. ``device`` is where the shards go; the model may lie elsewhere.
+    There are ``replicas`` of the model, each in shards over as many ranks that follow each other: usually those of a machine.
     """
 
     shared = True
     """Whether a forward pass needs all processes."""
 
     def __init__(
-        self, model: nn.Module, blocks: Sequence[nn.Module], ranks: TorchRanks, *, device: torch.device
+        self,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        ranks: TorchRanks,
+        *,
+        device: torch.device,
+        replicas: int = 1,
     ) -> None:
         ranks.join_devices(device)
-        assert ranks.computing is not None, "a model is shared out over several processes"
         self._model, self._blocks, self._ranks = model, list(blocks), ranks
         self._empty = _on_meta(model)
         gradient_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         self._holds_gradients = gradient_bytes <= HELD_GRADIENTS_SHARE * _memory_bytes(device)
-        mesh = DeviceMesh.from_group(ranks.computing, device.type)
+        mesh = _mesh(ranks, device, replicas=replicas)
+        self._sharing = mesh.get_group(mesh.ndim - 1)
         with ranks.watched():
             for module in (*self._blocks, model):
                 fully_shard(module, mesh=mesh)
@@ -104,8 +113,9 @@ class Shards:
 
     @contextmanager
     def local(self) -> Iterator[None]:
-        """Forward and backward passes whose gradients may stay here for now."""
+        """Forward and backward passes whose gradients may stay here, or within a replica, for now."""
         self._root.set_requires_gradient_sync(not self._holds_gradients)
+        self._root.set_requires_all_reduce(False)
         try:
             yield
         finally:
@@ -164,8 +174,8 @@ class Shards:
         )
 
     def sum(self, numbers: Tensor) -> Tensor:
-        """Sums over what all ranks hold of the same tensors."""
-        return self._ranks.sum(numbers)
+        """Sums over what the ranks of one replica hold of the same tensors."""
+        return self._ranks.sum(numbers, group=self._sharing)
 
     @property
     def _root(self) -> FSDPModule:
@@ -191,6 +201,16 @@ class Shards:
         with torch.compiler.set_stance("force_eager"):
             self(token, token)
         self._put_away()
+
+
+def _mesh(ranks: TorchRanks, device: torch.device, *, replicas: int) -> DeviceMesh:
+    """The ranks as `fully_shard` wants them: in a row, or with a row for each replica."""
+    assert ranks.computing is not None, "a model is shared out over several processes"
+    if replicas == 1:
+        return DeviceMesh.from_group(ranks.computing, device.type)
+    numbers = torch.tensor(ranks.numbers(range(ranks.size))).view(replicas, -1)
+    groups = ranks.grid(replicas, device)
+    return DeviceMesh.from_group(list(groups), device.type, mesh=numbers, mesh_dim_names=("replicas", "shards"))
 
 
 def _gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
