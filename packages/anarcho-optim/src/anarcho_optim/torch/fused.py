@@ -44,23 +44,37 @@ class FusedStep:
     """Runs the part of a step that the kernels take, and says what is left."""
 
     def __init__(
-        self, *, cuda_graph: bool, process_group: ProcessGroup | None, scratch_bytes: int = CUDA_SCRATCH_BYTES
+        self,
+        *,
+        cuda_graph: bool,
+        process_group: ProcessGroup | None,
+        scratch_bytes: int = CUDA_SCRATCH_BYTES,
+        stochastic_rounding: bool = False,
     ) -> None:
         if cuda_graph and process_group is not None:
             raise ValueError("cuda_graph is True with a process_group; expected at most one of them")
         self._cuda_graph, self._scratch_bytes = cuda_graph, scratch_bytes
-        self.process_group = process_group
+        self.process_group, self.stochastic_rounding = process_group, stochastic_rounding
         self._key: Any = None
         self._plan: Plan | None = None
 
     def __deepcopy__(self, memo: Any) -> FusedStep:
-        return FusedStep(
-            cuda_graph=self._cuda_graph, process_group=self.process_group, scratch_bytes=self._scratch_bytes
-        )
+        copied = FusedStep(**self._settings)
+        copied.process_group = self.process_group
+        return copied
 
     def __reduce__(self) -> Any:
-        settings = {"cuda_graph": self._cuda_graph, "process_group": None, "scratch_bytes": self._scratch_bytes}
-        return functools.partial(FusedStep, **settings), ()
+        return functools.partial(FusedStep, **self._settings), ()
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """The arguments of another one, in another process: a group of processes belongs to this one."""
+        return {
+            "cuda_graph": self._cuda_graph,
+            "process_group": None,
+            "scratch_bytes": self._scratch_bytes,
+            "stochastic_rounding": self.stochastic_rounding,
+        }
 
     def step(
         self,
@@ -112,6 +126,8 @@ class FusedStep:
             plan.controlled = False
 
     def _run(self, plan: Plan) -> None:
+        if self.stochastic_rounding:
+            plan.seed.random_(2**31)
         if not self._cuda_graph or plan.runs == 0:
             self._launch(plan)
         else:
@@ -123,11 +139,12 @@ class FusedStep:
         plan.runs += 1
 
     def _launch(self, plan: Plan) -> None:
+        seed = plan.seed if self.stochastic_rounding else None
         for batch in plan.matrices:
-            orthogonal = _orthogonalize(batch, _advance(batch, plan.settings), self.process_group)
-            _apply(batch, orthogonal, plan.settings)
+            orthogonal = _orthogonalize(batch, _advance(batch, plan.settings, seed), self.process_group)
+            _apply(batch, orthogonal, plan.settings, seed)
         for vectors in plan.vectors:
-            _update_vectors(vectors, plan.settings)
+            _update_vectors(vectors, plan.settings, seed)
 
 
 def _control(plan: Plan, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
@@ -141,7 +158,7 @@ def _control(plan: Plan, found_inf: Tensor | None, grad_scale: Tensor | None) ->
     plan.controlled = found_inf is not None or grad_scale is not None
 
 
-def _advance(batch: MatrixBatch, settings: Tensor) -> Tensor:
+def _advance(batch: MatrixBatch, settings: Tensor, seed: Tensor | None) -> Tensor:
     """Advances the momenta of a batch; the normalised updates (matrices, rows <= columns)."""
     x = torch.empty((len(batch.pieces), *batch.shape), dtype=batch.ns_dtype, device=settings.device)
     load_kernels().advance_momentum(
@@ -151,8 +168,10 @@ def _advance(batch: MatrixBatch, settings: Tensor) -> Tensor:
         x,
         nesterov=batch.options["nesterov"],
         gradient_dtype=batch.gradient_dtype,
+        state_dtype=batch.state_dtype,
         aligned=batch.aligned,
         safety=batch.variant.safety,
+        seed=seed,
     )
     return x
 
@@ -169,7 +188,7 @@ def _orthogonalize(batch: MatrixBatch, x: Tensor, process_group: ProcessGroup | 
     return shares.all_gather(iterate(owned, batch.variant, products=products) if len(owned) else owned)
 
 
-def _apply(batch: MatrixBatch, o: Tensor, settings: Tensor) -> None:
+def _apply(batch: MatrixBatch, o: Tensor, settings: Tensor, seed: Tensor | None) -> None:
     """Applies the orthogonalised updates of a batch to its parameters."""
     options = batch.options
     factor = frobenius_factor(o).view(-1) if options["frobenius_normalization"] else None
@@ -196,6 +215,7 @@ def _apply(batch: MatrixBatch, o: Tensor, settings: Tensor) -> None:
             parameter_dtype=batch.parameter_dtype,
             cautious=options["cautious_weight_decay"],
             aligned=batch.aligned,
+            seed=seed,
         )
 
 
@@ -213,7 +233,7 @@ def _normuon(
     return factors
 
 
-def _update_vectors(batch: VectorBatch, settings: Tensor) -> None:
+def _update_vectors(batch: VectorBatch, settings: Tensor, seed: Tensor | None) -> None:
     load_kernels().adamw(
         batch.table,
         batch.whole_chunks,
@@ -221,5 +241,7 @@ def _update_vectors(batch: VectorBatch, settings: Tensor) -> None:
         settings[batch.group],
         gradient_dtype=batch.gradient_dtype,
         parameter_dtype=batch.parameter_dtype,
+        state_dtype=batch.state_dtype,
         aligned=batch.aligned,
+        seed=seed,
     )

@@ -45,6 +45,15 @@ def _pointer(table, index, kind: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def _rounded(value, kind: tl.constexpr, noise, STOCHASTIC: tl.constexpr):
+    """The number in another type; to bfloat16, if that is stochastic, rounded up with the probability of what the type cuts off."""
+    if STOCHASTIC and kind == tl.bfloat16:
+        bits = value.to(tl.int32, bitcast=True) + (noise.to(tl.int32, bitcast=True) & 0xFFFF)
+        value = (bits & -65536).to(tl.float32, bitcast=True)
+    return value.to(kind)
+
+
+@triton.jit
 def _load_strip(pointers, rows, depth, start, n, k, EVEN: tl.constexpr):
     if EVEN:
         return tl.load(pointers)
@@ -184,12 +193,15 @@ def _momentum_kernel(
     x,
     maxima,
     squares,
+    seed,
     rows,
     columns,
     first,
     NESTEROV: tl.constexpr,
     TALL: tl.constexpr,
     GRADIENT: tl.constexpr,
+    STATE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     ALIGNED: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -209,7 +221,7 @@ def _momentum_kernel(
         row = tile // tile_columns * TILE + tl.arange(0, TILE)
         column = tile % tile_columns * TILE + tl.arange(0, TILE)
     gradients = _pointer(table, matrix * 5, GRADIENT, ALIGNED)
-    momenta = _pointer(table, matrix * 5 + 1, tl.float32, ALIGNED)
+    momenta = _pointer(table, matrix * 5 + 1, STATE, ALIGNED)
     stride = tl.load(table + matrix * 5 + 3)
     if ALIGNED:
         stride = tl.multiple_of(stride, 8)
@@ -220,9 +232,10 @@ def _momentum_kernel(
         offsets = row[:, None].to(tl.int64) * stride + column[None, :]
         mask = (row[:, None] < rows) & (column[None, :] < columns)
     g = tl.load(gradients + offsets, mask=mask, other=0.0).to(tl.float32) * tl.load(settings + 6)
-    m = tl.load(momenta + offsets, mask=mask, other=0.0)
+    m = tl.load(momenta + offsets, mask=mask, other=0.0).to(tl.float32)
     m = m + (1.0 - mu) * (g - m)
-    tl.store(momenta + offsets, m, mask=mask)
+    noise = tl.randint(tl.load(seed) + 2 * matrix, offsets.to(tl.int32)) if STOCHASTIC else 0
+    tl.store(momenta + offsets, _rounded(m, STATE, noise, STOCHASTIC), mask=mask)
     u = m
     if NESTEROV:
         u = g + mu * (m - g)
@@ -264,11 +277,13 @@ def _apply_kernel(
     scales,
     factors,
     o,
+    seed,
     rows,
     columns,
     first,
     TALL: tl.constexpr,
     PARAMETER: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     CAUTIOUS: tl.constexpr,
     FACTORS: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -305,7 +320,8 @@ def _apply_kernel(
     decayed = w - decay * w
     if CAUTIOUS:
         decayed = tl.where(update * w >= 0, decayed, w)
-    tl.store(parameters + offsets, (decayed - lr * update).to(PARAMETER), mask=mask)
+    noise = tl.randint(tl.load(seed) + 2 * matrix + 1, offsets.to(tl.int32)) if STOCHASTIC else 0
+    tl.store(parameters + offsets, _rounded(decayed - lr * update, PARAMETER, noise, STOCHASTIC), mask=mask)
 
 
 @triton.jit
@@ -314,9 +330,12 @@ def _adamw_kernel(
     owners,
     settings,
     corrections,
+    seed,
     MASKED: tl.constexpr,
     GRADIENT: tl.constexpr,
     PARAMETER: tl.constexpr,
+    STATE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -335,23 +354,27 @@ def _adamw_kernel(
     offsets = start + tl.arange(0, BLOCK)
     gradients = _pointer(row, 0, GRADIENT, ALIGNED) + offsets
     parameters = _pointer(row, 1, PARAMETER, ALIGNED) + offsets
-    first_moments = _pointer(row, 2, tl.float32, ALIGNED) + offsets
-    second_moments = _pointer(row, 3, tl.float32, ALIGNED) + offsets
+    first_moments = _pointer(row, 2, STATE, ALIGNED) + offsets
+    second_moments = _pointer(row, 3, STATE, ALIGNED) + offsets
     correction1 = tl.load(corrections + owner * 2)
     correction2 = tl.load(corrections + owner * 2 + 1)
     # A mask of a length that is only known here forbids wide loads, so whole chunks have none.
     mask = offsets < tl.load(row + 5) if MASKED else None
     g = tl.load(gradients, mask=mask).to(tl.float32) * tl.load(settings + 6)
     w = tl.load(parameters, mask=mask).to(tl.float32)
-    m = tl.load(first_moments, mask=mask)
-    v = tl.load(second_moments, mask=mask)
+    m = tl.load(first_moments, mask=mask).to(tl.float32)
+    v = tl.load(second_moments, mask=mask).to(tl.float32)
     m = m + (1.0 - beta1) * (g - m)
     v = beta2 * v + (1.0 - beta2) * g * g
-    tl.store(first_moments, m, mask=mask)
-    tl.store(second_moments, v, mask=mask)
+    if STOCHASTIC:
+        noise1, noise2, noise3, _ = tl.randint4x(tl.load(seed) + owner, offsets.to(tl.int32))
+    else:
+        noise1, noise2, noise3 = 0, 0, 0
+    tl.store(first_moments, _rounded(m, STATE, noise1, STOCHASTIC), mask=mask)
+    tl.store(second_moments, _rounded(v, STATE, noise2, STOCHASTIC), mask=mask)
     w = w - lr * decay * w
     w = w - lr / correction1 * m / (tl.sqrt(v) / correction2 + eps)
-    tl.store(parameters, w.to(PARAMETER), mask=mask)
+    tl.store(parameters, _rounded(w, PARAMETER, noise3, STOCHASTIC), mask=mask)
 
 
 @triton.jit
@@ -385,8 +408,13 @@ def advance_momentum(
     gradient_dtype: torch.dtype,
     aligned: bool,
     safety: float,
+    state_dtype: torch.dtype = torch.float32,
+    seed: Tensor | None = None,
 ) -> None:
-    """Advances the momenta of a table of matrices; writes the normalised updates to ``x`` (matrices, rows <= columns), half precision."""
+    """Advances the momenta of a table of matrices; writes the normalised updates to ``x`` (matrices, rows <= columns), half precision.
+
+    ``seed``, one integer on the device, asks for stochastic rounding of momenta in bfloat16.
+    """
     device = table.device
     count, rows, columns = x.shape
     raw = x.view(torch.bfloat16)
@@ -399,12 +427,15 @@ def advance_momentum(
             raw,
             maxima,
             squares,
+            table if seed is None else seed,
             rows,
             columns,
             first,
             NESTEROV=nesterov,
             TALL=tall,
             GRADIENT=DTYPES[gradient_dtype],
+            STATE=DTYPES[state_dtype],
+            STOCHASTIC=seed is not None and state_dtype == torch.bfloat16,
             ALIGNED=aligned,
             TILE=TILE,
         )
@@ -436,6 +467,7 @@ def apply_updates(
     parameter_dtype: torch.dtype,
     cautious: bool,
     aligned: bool,
+    seed: Tensor | None = None,
 ) -> None:
     """Decays the matrices ``first`` to ``first + number`` of a table and subtracts their scaled updates; ``factors`` (number, neurons)."""
     _, rows, columns = o.shape
@@ -446,11 +478,13 @@ def apply_updates(
         scales,
         scales if factors is None else factors,
         o,
+        table if seed is None else seed,
         rows,
         columns,
         first,
         TALL=tall,
         PARAMETER=DTYPES[parameter_dtype],
+        STOCHASTIC=seed is not None and parameter_dtype == torch.bfloat16,
         CAUTIOUS=cautious,
         FACTORS=factor_dim,
         ALIGNED=aligned,
@@ -467,6 +501,8 @@ def adamw(
     gradient_dtype: torch.dtype,
     parameter_dtype: torch.dtype,
     aligned: bool,
+    state_dtype: torch.dtype = torch.float32,
+    seed: Tensor | None = None,
 ) -> None:
     """One AdamW update of every parameter of the table, its step included."""
     corrections = torch.empty((len(table), 2), dtype=torch.float32, device=table.device)
@@ -478,9 +514,12 @@ def adamw(
                 chunks,
                 settings,
                 corrections,
+                table if seed is None else seed,
                 MASKED=masked,
                 GRADIENT=DTYPES[gradient_dtype],
                 PARAMETER=DTYPES[parameter_dtype],
+                STATE=DTYPES[state_dtype],
+                STOCHASTIC=seed is not None and torch.bfloat16 in (parameter_dtype, state_dtype),
                 ALIGNED=aligned,
                 BLOCK=VECTOR_BLOCK,
             )

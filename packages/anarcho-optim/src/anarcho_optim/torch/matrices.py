@@ -88,7 +88,12 @@ def zeros_beside(parameter: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def update_matrices(
-    batch: Sequence[Matrix], options: Options, *, process_group: ProcessGroup | None, first: int = 0
+    batch: Sequence[Matrix],
+    options: Options,
+    *,
+    process_group: ProcessGroup | None,
+    first: int = 0,
+    stochastic_rounding: bool = False,
 ) -> None:
     """One Muon step of parameters that share shape, dtype, device and placement.
 
@@ -99,6 +104,7 @@ def update_matrices(
         [m.gradient for m in batch],
         momentum=float(options["momentum"]),
         nesterov=options["nesterov"],
+        stochastic_rounding=stochastic_rounding,
     )
     if is_dtensor(batch[0].parameter):
         results = _of_dtensors(batch, updates, options, first)
@@ -111,6 +117,7 @@ def update_matrices(
         scale=common_scale(batch[0].blocks, options) or 1.0,
         weight_decay=float(options["weight_decay"]),
         cautious=options["cautious_weight_decay"],
+        stochastic_rounding=stochastic_rounding,
     )
 
 

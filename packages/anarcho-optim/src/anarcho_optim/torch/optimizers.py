@@ -2,8 +2,9 @@
 
 Notable:
 
-* State is created eagerly, per parameter, in float32 and placed like the parameter, under the names ``momentum`` (and ``neuron_mean_sq``
-  with NorMuon), ``exp_avg``, ``exp_avg_sq`` and ``step``: tensors only. It stays float32 when it is restored.
+* State is created eagerly, per parameter, in float32 unless ``state_dtype`` says otherwise, and placed like the parameter, under the names
+  ``momentum`` (and ``neuron_mean_sq`` with NorMuon), ``exp_avg``, ``exp_avg_sq`` and ``step``: tensors only. It keeps its type when it
+  is restored.
 * Same-shape matrices run as one batched iteration; the memory of a batch is capped (`memory.batch_bytes`).
 * Gradients are never modified; a parameter without a gradient is left alone, not decayed.
 * Under FSDP2 (DTensor) whole matrices travel to an owner and back; under DDP each rank orthogonalises a share (`process_group`).
@@ -17,20 +18,20 @@ Sources: Muon, Keller Jordan (https://kellerjordan.github.io/posts/muon/); AdamW
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from anarcho_optim.config import OptimConfig
 from anarcho_optim.groups import adamw_options, blocks, check_keys, check_options, muon_options
 from anarcho_optim.memory import CUDA_SCRATCH_BYTES, batch_bytes
 from anarcho_optim.torch import fused
 from anarcho_optim.torch.matrices import Matrix, layout, local, local_gradient, num_owners, update_matrices
-from anarcho_optim.torch.state import check_gradients, check_member, fresh_state, matched_states, member_names
+from anarcho_optim.torch.state import MOMENTS, check_gradients, check_member, fresh_state, matched_states, member_names
+from anarcho_optim.torch.vectors import Vector, update_vectors
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -51,6 +52,9 @@ class MuonAdamW(torch.optim.Optimizer):
     the step's temporary memory allocated. ``cuda_scratch_bytes`` caps this memory on CUDA: a model of 138 million parameters has its best
     speed with half a gigabyte.
 
+    ``state_dtype`` (float32 or bfloat16) is the type of moments. With ``stochastic_rounding`` moments and parameters of bfloat16 are
+    rounded up or down at random, so that small changes are not lost; the random numbers are those of torch's generator of the device.
+
     Raises ValueError that names the parameter for one that is duplicated, frozen, sparse, complex or not floating point, that is no matrix
     in a Muon group without ``flatten``, or whose ``split_sizes`` do not add up; and for options that are unknown or out of range.
     """
@@ -62,14 +66,25 @@ class MuonAdamW(torch.optim.Optimizer):
         process_group: ProcessGroup | None = None,
         cuda_graph: bool = False,
         cuda_scratch_bytes: int = CUDA_SCRATCH_BYTES,
+        state_dtype: torch.dtype = torch.float32,
+        stochastic_rounding: bool = False,
     ) -> None:
+        if state_dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"state_dtype is {state_dtype}; expected torch.float32 or torch.bfloat16")
         config = OptimConfig()
         defaults = adamw_options(config) | muon_options(config) | {"algorithm": None, "weight_decay": 0.0}
-        step = fused.FusedStep(cuda_graph=cuda_graph, process_group=process_group, scratch_bytes=cuda_scratch_bytes)
-        self._begin(params, defaults, step)
+        step = fused.FusedStep(
+            cuda_graph=cuda_graph,
+            process_group=process_group,
+            scratch_bytes=cuda_scratch_bytes,
+            stochastic_rounding=stochastic_rounding,
+        )
+        self._begin(params, defaults, step, state_dtype=state_dtype)
 
-    def _begin(self, params: Iterable[Any], defaults: Group, step: fused.FusedStep) -> None:
-        self._fused = step
+    def _begin(
+        self, params: Iterable[Any], defaults: Group, step: fused.FusedStep, *, state_dtype: torch.dtype = torch.float32
+    ) -> None:
+        self._fused, self._state_dtype = step, state_dtype
         self._step_supports_amp_scaling = (
             True  # so `torch.amp.GradScaler` leaves both to the step, and waits for nothing
         )
@@ -97,10 +112,10 @@ class MuonAdamW(torch.optim.Optimizer):
         ]
         super().add_param_group(param_group | {"params": members})
         for parameter, cut in zip(parameters, cuts, strict=True):
-            self.state[parameter].update(fresh_state(parameter, cut, options))
+            self.state[parameter].update(fresh_state(parameter, cut, options, dtype=self._state_dtype))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores a state; unlike torch's default it stays float32 when the parameters are not.
+        """Restores a state; unlike torch's default it keeps its own type, float32 or ``state_dtype``, when the parameters have another.
 
         Raises ValueError that names the first parameter which the state lacks or holds in another shape; nothing is changed then.
         """
@@ -117,11 +132,17 @@ class MuonAdamW(torch.optim.Optimizer):
             hook.remove()
         for parameter, saved in pairs:
             self.state[parameter] = {
-                key: value.to(device=parameter.device, dtype=torch.float32, copy=True) for key, value in saved.items()
+                key: value.to(
+                    device=parameter.device,
+                    dtype=self._state_dtype if key in MOMENTS else torch.float32,
+                    copy=True,
+                )
+                for key, value in saved.items()
             }
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_fused": self._fused, "_step_supports_amp_scaling": True}
+        own = {"_fused": self._fused, "_state_dtype": self._state_dtype, "_step_supports_amp_scaling": True}
+        return super().__getstate__() | own
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -155,41 +176,27 @@ class MuonAdamW(torch.optim.Optimizer):
         ]
         first = 0
         for batch in _batches(members):
-            update_matrices(batch, group, process_group=self._fused.process_group, first=first)
+            update_matrices(
+                batch,
+                group,
+                process_group=self._fused.process_group,
+                first=first,
+                stochastic_rounding=self._fused.stochastic_rounding,
+            )
             first += len(batch)
 
     def _adamw_step(self, group: Group, grad_scale: Tensor | None) -> None:
         # Elementwise, so that shards are updated where they lie. A rank without elements counts the steps nevertheless, and takes part in
         # what brings a gradient to its parameter.
         all_gradients = [local_gradient(p) for p in group["params"]]
-        members, gradients = [], []
+        members: list[Vector] = []
         for parameter, gradient in zip(group["params"], all_gradients, strict=True):
             if gradient.numel():
-                members.append(parameter)
-                gradients.append(_unscaled(gradient, grad_scale).float())
+                state = {key: local(value) for key, value in self.state[parameter].items()}
+                members.append(Vector(local(parameter), _unscaled(gradient, grad_scale), state))
             else:
                 self.state[parameter]["step"] += 1
-        parameters = [local(p) for p in members]
-        # Arithmetic is float32 whatever the parameters are; `float()` is no copy where they already are float32.
-        weights = [p.float() for p in parameters]
-        states = [{key: local(value) for key, value in self.state[p].items()} for p in members]
-        for is_aligned in (True, False):
-            indices = [
-                i
-                for i, tensors in enumerate(zip(weights, gradients, states, strict=True))
-                if _aligned(*tensors) is is_aligned
-            ]
-            if indices:
-                _adamw(
-                    [weights[i] for i in indices],
-                    [gradients[i] for i in indices],
-                    [states[i] for i in indices],
-                    group,
-                    fused=is_aligned,
-                )
-        for parameter, weight in zip(parameters, weights, strict=True):
-            if parameter.dtype != torch.float32:
-                parameter.copy_(weight)
+        update_vectors(members, group, stochastic_rounding=self._fused.stochastic_rounding)
 
 
 class Muon(MuonAdamW):
@@ -266,34 +273,3 @@ def _batches(members: list[Matrix]) -> Iterator[list[Matrix]]:
 def _unscaled(gradient: Tensor, scale: Tensor | None) -> Tensor:
     """The gradient itself, or divided by the scale in a tensor of its own."""
     return gradient if scale is None else gradient.float() / scale.to(gradient.device)
-
-
-def _aligned(weight: Tensor, gradient: Tensor, state: Mapping[str, Tensor]) -> bool:
-    """Whether elements at one place in memory belong together, as torch's fused kernels take for granted.
-
-    Moments have the strides of their parameter unless that is a part of something larger.
-    """
-    tensors = (weight, gradient, state["exp_avg"], state["exp_avg_sq"])
-    return all(t.is_contiguous() for t in tensors) or len({t.stride() for t in tensors}) == 1
-
-
-def _adamw(
-    weights: list[Tensor], gradients: list[Tensor], states: list[dict[str, Tensor]], group: Group, *, fused: bool
-) -> None:
-    adamw(
-        weights,
-        gradients,
-        [s["exp_avg"] for s in states],
-        [s["exp_avg_sq"] for s in states],
-        [],
-        [s["step"] for s in states],
-        foreach=False,
-        fused=fused,
-        amsgrad=False,
-        beta1=group["betas"][0],
-        beta2=group["betas"][1],
-        lr=float(group["lr"]),
-        weight_decay=float(group["weight_decay"]),
-        eps=group["eps"],
-        maximize=False,
-    )

@@ -77,6 +77,7 @@ class MatrixBatch:
     pieces: list[Piece]
     parameter_dtype: torch.dtype
     gradient_dtype: torch.dtype
+    state_dtype: torch.dtype
     ns_dtype: torch.dtype
     variant: Variant
     scales: Tensor
@@ -107,6 +108,7 @@ class VectorBatch:
     members: list[int]
     parameter_dtype: torch.dtype
     gradient_dtype: torch.dtype
+    state_dtype: torch.dtype
     whole_chunks: Tensor
     """(parameter, first element) of every chunk of `kernels.VECTOR_BLOCK` elements, int64."""
     last_chunks: Tensor
@@ -127,6 +129,8 @@ class Plan:
     leftover: list[tuple[int, list[Tensor]]]
     """Group and parameters that the general path updates."""
     settings: Tensor
+    seed: Tensor
+    """One number, from which the kernels draw how they round."""
     addresses: list[int] = field(default_factory=list)
     values: tuple[float, ...] = ()
     controlled: bool = False
@@ -191,7 +195,8 @@ def build(groups: Sequence[Group], state: State, *, scratch_bytes: int) -> Plan:
             if not _takes(p, group, state[p], cut):
                 left.append(p)
                 continue
-            key = (index, p.device, p.dtype, p.grad.dtype)
+            moment = state[p]["exp_avg" if cut is None else "momentum"]
+            key = (index, p.device, p.dtype, p.grad.dtype, moment.dtype)
             member = len(plan_parameters)
             plan_parameters.append(p)
             if cut is None:
@@ -215,6 +220,7 @@ def build(groups: Sequence[Group], state: State, *, scratch_bytes: int) -> Plan:
         vectors=list(_vector_batches(plan_parameters, vectors)),
         leftover=leftover,
         settings=torch.zeros((len(groups), SETTINGS), dtype=torch.float32, device=device),
+        seed=torch.zeros(1, dtype=torch.int64, device=device),
     )
 
 
@@ -226,7 +232,7 @@ def _matrix_batches(
     *,
     scratch_bytes: int,
 ) -> Iterator[MatrixBatch]:
-    for (index, device, dtype, gradient_dtype, rows, columns), pieces in found.items():
+    for (index, device, dtype, gradient_dtype, state_dtype, rows, columns), pieces in found.items():
         group = groups[index]
         # The iterate before and after a segment, and four square stacks, in half precision.
         size = max(1, scratch_bytes // (4 * rows * columns + 8 * rows * rows))
@@ -240,6 +246,7 @@ def _matrix_batches(
                 pieces=batch,
                 parameter_dtype=dtype,
                 gradient_dtype=gradient_dtype,
+                state_dtype=state_dtype,
                 ns_dtype=resolve_ns_dtype(group["ns_dtype"], device),
                 variant=iteration(
                     group["variant"], ns_steps=group["ns_steps"], ns_coefficients=group["ns_coefficients"]
@@ -252,7 +259,7 @@ def _matrix_batches(
 
 
 def _vector_batches(parameters: Sequence[Tensor], found: dict[tuple[Any, ...], list[int]]) -> Iterator[VectorBatch]:
-    for (index, device, dtype, gradient_dtype), members in found.items():
+    for (index, device, dtype, gradient_dtype, state_dtype), members in found.items():
         block = load_kernels().VECTOR_BLOCK
         whole = [
             (row, start)
@@ -267,6 +274,7 @@ def _vector_batches(parameters: Sequence[Tensor], found: dict[tuple[Any, ...], l
             members=members,
             parameter_dtype=dtype,
             gradient_dtype=gradient_dtype,
+            state_dtype=state_dtype,
             whole_chunks=chunks[0],
             last_chunks=chunks[1],
         )

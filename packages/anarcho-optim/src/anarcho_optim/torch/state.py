@@ -18,10 +18,18 @@ from anarcho_optim.torch.routing import check_parameter, plain_name
 
 Group = dict[str, Any]
 
+MOMENTS = ("momentum", "exp_avg", "exp_avg_sq")
+"""The parts of a state that have the parameter's shape."""
 
-def fresh_state(parameter: Tensor, cut: Blocks | None, options: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A parameter's state before its first step, float32 and placed like it: AdamW's where ``cut`` is None, else Muon's."""
-    zeros = torch.zeros_like(parameter, dtype=torch.float32, memory_format=torch.preserve_format).detach()
+
+def fresh_state(
+    parameter: Tensor, cut: Blocks | None, options: Mapping[str, Any], *, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """A parameter's state before its first step, placed like it: AdamW's where ``cut`` is None, else Muon's.
+
+    Moments of the parameter's shape are of the ``dtype``; what else there is, is small and float32.
+    """
+    zeros = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format).detach()
     if cut is None:
         step = torch.zeros((), dtype=torch.float32, device=parameter.device)
         return {"exp_avg": zeros, "exp_avg_sq": torch.zeros_like(zeros), "step": step}

@@ -20,6 +20,7 @@ from anarcho_optim.coefficients import iteration
 from anarcho_optim.groups import Blocks
 from anarcho_optim.scaling import shape_scale
 from anarcho_optim.torch.newton_schulz import orthogonalize_, resolve_ns_dtype
+from anarcho_optim.torch.rounding import copy_rounded_
 
 Options = Mapping[str, Any]
 
@@ -28,18 +29,28 @@ CACHE_ELEMENTS = 2**17
 
 
 def advance_momentum(
-    momenta: Sequence[Tensor], gradients: Sequence[Tensor], *, momentum: float, nesterov: bool
+    momenta: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    *,
+    momentum: float,
+    nesterov: bool,
+    stochastic_rounding: bool = False,
 ) -> Tensor:
-    """m <- mu m + (1 - mu) g in place; returns the updates, stacked in float32: (1 - mu) g + mu m with ``nesterov``, else m."""
+    """m <- mu m + (1 - mu) g in place; returns the updates, stacked in float32: (1 - mu) g + mu m with ``nesterov``, else m.
+
+    The arithmetic is float32; a momentum of another type is rounded once, and the updates are of what it was before that.
+    """
     updates = torch.empty((len(momenta), *momenta[0].shape), dtype=torch.float32, device=momenta[0].device)
     for matrices in zip(momenta, gradients, updates.unbind(), strict=True):
         for m, g, u in zip(*map(_cache_sized, matrices), strict=True):
-            gradient = g.float()
-            m.lerp_(gradient, 1 - momentum)
+            gradient, wide = g.float(), m.float()
+            wide.lerp_(gradient, 1 - momentum)
+            if m.dtype != torch.float32:
+                copy_rounded_(m, wide, stochastic=stochastic_rounding)
             if nesterov:
-                torch.lerp(gradient, m, momentum, out=u)
+                torch.lerp(gradient, wide, momentum, out=u)
             else:
-                u.copy_(m)
+                u.copy_(wide)
     return updates
 
 
@@ -156,6 +167,7 @@ def apply_updates(
     scale: float,
     weight_decay: float,
     cautious: bool,
+    stochastic_rounding: bool = False,
 ) -> None:
     """W <- (1 - lr wd) W - lr S U in float32, rounded once to the parameter's dtype; ``cautious`` decays only where U W >= 0."""
     weights = [p.float() for p in parameters]
@@ -174,4 +186,4 @@ def apply_updates(
         torch._foreach_add_(weights, list(updates), alpha=-lr * scale)
     for parameter, weight in zip(parameters, weights, strict=True):
         if parameter.dtype != torch.float32:
-            parameter.copy_(weight)
+            copy_rounded_(parameter, weight, stochastic=stochastic_rounding)
