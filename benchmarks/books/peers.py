@@ -73,6 +73,8 @@ class PeerStep:
             optimizer.zero_grad(set_to_none=True)
         return PeerMetrics(loss=total)
 
+    in_parts = False
+
     def evaluate(self, batch: Rows) -> LossSum:
         """The summed loss of a batch, in the compiled graph of the training."""
         weights = torch.from_numpy(batch.weights).to(self._device)

@@ -12,9 +12,12 @@ RESERVE_SHARE = 0.1
 """Of the system's memory, that a copy leaves free: other programs, and the cache of what is being written."""
 
 
-def copies_state(config: RunConfig, *, device: str, ranks: Ranks | None = None) -> bool:
-    """Whether the state is to be copied at all; several processes wait for one that writes, so that all know what is on the disk."""
-    if ranks is not None and ranks.size > 1:
+def copies_state(config: RunConfig, *, device: str, ranks: Ranks | None = None, in_parts: bool = False) -> bool:
+    """Whether the state is to be copied at all.
+
+    Several processes wait for one that writes, so that all know what is on the disk, unless each writes a part and tells the others.
+    """
+    if ranks is not None and ranks.size > 1 and not in_parts:
         return False
     wanted = config.train.save_in_background
     return device != "cpu" if wanted == "auto" else wanted

@@ -38,6 +38,11 @@ class AnomalyDetection:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._step, name)
 
+    @property
+    def in_parts(self) -> bool:
+        """As the step's."""
+        return self._step.in_parts
+
     def train(self, micro_batches: Sequence[Batch], *, schedule: StepSchedule) -> StepMetrics:
         """As the step's; raises `NonFiniteNumbers`."""
         metrics = self._step.train(micro_batches, schedule=schedule)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from pathlib import Path
+from typing import Any
 
 
 class BackgroundWriter:
@@ -19,7 +19,7 @@ class BackgroundWriter:
         self.finished_at = 0.0
         """When the newest work was finished, by the monotonic clock."""
         self._thread: ThreadPoolExecutor | None = None
-        self._work: Future[Path] | None = None
+        self._work: Future[Any] | None = None
 
     @property
     def busy(self) -> bool:
@@ -31,7 +31,7 @@ class BackgroundWriter:
         """What the newest work has failed with; waits for it."""
         return None if self._work is None else self._work.exception()
 
-    def begin(self, work: Callable[[], Path]) -> None:
+    def begin(self, work: Callable[[], Any]) -> None:
         """Lets it be done; nothing else may be under way."""
         assert not self.busy, "there is one copy at a time"
         if self._thread is None:
@@ -43,7 +43,7 @@ class BackgroundWriter:
         if self._work is not None:
             wait([self._work])
 
-    def result(self) -> Path:
+    def result(self) -> Any:
         """What the newest work has returned, or raises what it has raised."""
         assert self._work is not None
         return self._work.result()
@@ -54,7 +54,7 @@ class BackgroundWriter:
             self._thread.shutdown()
             self._thread = None
 
-    def _timed(self, work: Callable[[], Path]) -> Path:
+    def _timed(self, work: Callable[[], Any]) -> Any:
         try:
             return work()
         finally:

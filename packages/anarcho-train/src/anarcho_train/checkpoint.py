@@ -8,8 +8,6 @@ stays is read whole and found sound.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import re
@@ -17,27 +15,31 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from anarcho_train.checkpoint_files import (
+    FORMAT,
+    MANIFEST_FILE,
+    STATE_FILE,
+    CheckpointError,
+    check_file,
+    describe,
+    read_json,
+    state_problem,
+    write_json,
+)
 from anarcho_train.durable import sync
-from anarcho_train.tensor_header import header_problem
+from anarcho_train.optimizer_layout import layout_problem
 
-FORMAT = 1
-MANIFEST_FILE = "manifest.json"
-STATE_FILE = "state.json"
-MAX_JSON_BYTES = 64 * 2**20
-"""State and manifest are far smaller; what is larger was not written here."""
 _LATEST = 1e11
 """Seconds since 1970 that no checkpoint is from; dates can be made of smaller ones."""
+ARRIVAL_SECONDS = 60.0
+"""How long what another machine has written may take to be seen by this one; NFS remembers directories for up to a minute."""
 _NAME = re.compile(r"step-(\d{8,})")
 _PARTIAL = ".partial-"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the file, what is wrong with it and what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,32 +83,95 @@ class CheckpointStore:
         ``write`` puts the files of model and optimizer into the directory that it is given; ``state`` is stored as ``state.json``,
         ``hashes`` (of config, tokenizer, data) in the manifest.
         """
-        final = self.path(step)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        partial = self.directory / f".{final.name}{_PARTIAL}{os.getpid()}"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        partial = self._staging(step, os.getpid())
         try:
             write(partial)
-            _write_json(partial / STATE_FILE, {"format": FORMAT, "step": step, **state})
-            files = {
-                path.relative_to(partial).as_posix(): _describe(path)
-                for path in sorted(partial.rglob("*"))
-                if path.is_file()
-            }
-            manifest = {
-                "format": FORMAT,
-                "step": step,
-                "created_at": time.time(),
-                "hashes": hashes or {},
-                "files": files,
-            }
-            _write_json(partial / MANIFEST_FILE, manifest)
-            for path in (*partial.rglob("*"), partial):
-                sync(path)
+            return self._publish(step, partial, _described(partial), state=state, hashes=hashes)
         except BaseException:  # A full disk is full of this: give the space back.
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+    def write_part(self, step: int, number: int, write: Callable[[Path], None]) -> dict[str, Any]:
+        """Writes what one of several processes, of this number, has of the checkpoint of ``step``, which `join_parts` makes of all.
+
+        Returns size and SHA-256 of each of its files, which are on the disk then.
+        """
+        partial = self._staging(step, _part(number))
+        try:
+            write(partial)
+            found = _described(partial)
+            for path in (*partial.rglob("*"), partial):
+                sync(path)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        return found
+
+    def join_parts(
+        self,
+        step: int,
+        parts: Sequence[dict[str, Any]],
+        *,
+        state: dict[str, Any],
+        hashes: dict[str, str] | None = None,
+    ) -> Path:
+        """Makes the checkpoint of what all processes have written, by their numbers; the rest as `save`.
+
+        Raises OSError where what another one has written is not seen here.
+        """
+        partial, found = self.directory / self._partial_name(step, _part(0)), dict(parts[0])
+        try:
+            for number, files in enumerate(parts[1:], 1):
+                for name, entry in files.items():
+                    source = self.directory / self._partial_name(step, _part(number)) / name
+                    _await_file(source, entry["size"])
+                    if name in found:
+                        raise OSError(f"{source} has the name of another process's file; expected names of their own")
+                    source.rename(partial / name)
+                shutil.rmtree(self.directory / self._partial_name(step, _part(number)), ignore_errors=True)
+                found |= files
+            return self._publish(step, partial, found, state=state, hashes=hashes)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def discard_part(self, step: int, number: int) -> None:
+        """Deletes what a process has written for a checkpoint that there will not be."""
+        shutil.rmtree(self.directory / self._partial_name(step, _part(number)), ignore_errors=True)
+
+    def _staging(self, step: int, writer: object) -> Path:
+        """An empty directory for what becomes a checkpoint."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        partial = self.directory / self._partial_name(step, writer)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        return partial
+
+    def _partial_name(self, step: int, writer: object) -> str:
+        return f".{self.path(step).name}{_PARTIAL}{writer}"
+
+    def _publish(
+        self,
+        step: int,
+        partial: Path,
+        files: dict[str, Any],
+        *,
+        state: dict[str, Any],
+        hashes: dict[str, str] | None,
+    ) -> Path:
+        """Gives a directory, of which the ``files`` are known, the name of a checkpoint."""
+        final = self.path(step)
+        write_json(partial / STATE_FILE, {"format": FORMAT, "step": step, **state})
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "created_at": time.time(),
+            "hashes": hashes or {},
+            "files": dict(sorted({**files, STATE_FILE: describe(partial / STATE_FILE)}.items())),
+        }
+        write_json(partial / MANIFEST_FILE, manifest)
+        for path in (*partial.rglob("*"), partial):
+            sync(path)
         if final.exists():  # Only a damaged one can be in the way; a person may want to look at it.
             final.rename(final.with_name(f"{final.name}.damaged-{time.time_ns()}"))
         partial.rename(final)
@@ -140,11 +205,13 @@ class CheckpointStore:
             return [
                 f"{path}/{MANIFEST_FILE} does not describe the checkpoint of this name; it was made by hand or is damaged"
             ]
-        if problem := _state_problem(state, step=manifest.get("step")):
+        if problem := state_problem(state, step=manifest.get("step")):
             return [f"{path}/{STATE_FILE} {problem}; it was made by hand or is damaged"]
-        return [
-            problem for name, entry in files.items() if (problem := _check_file(Path(path), name, entry, check_hashes))
+        problems = [
+            problem for name, entry in files.items() if (problem := check_file(Path(path), name, entry, check_hashes))
         ]
+        layout = None if problems else layout_problem(Path(path))
+        return [layout] if layout else problems
 
     def latest_valid(self, *, notify: Callable[[str], None] = lambda message: None) -> Path | None:
         """The newest sound checkpoint, or None where there is no checkpoint; every damaged newer one is reported through ``notify``.
@@ -251,6 +318,24 @@ class CheckpointStore:
         return [info for info in sound if info.step in steps or info is sound[-1]]
 
 
+def _part(number: int) -> str:
+    return f"part-{number:05d}"
+
+
+def _described(directory: Path) -> dict[str, Any]:
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): describe(path) for path in files}
+
+
+def _await_file(path: Path, size: int) -> None:
+    """Returns when the file is there with all its bytes; raises OSError where it never is."""
+    until = time.monotonic() + ARRIVAL_SECONDS
+    while not (path.is_file() and path.stat().st_size == size):
+        if time.monotonic() > until:
+            raise OSError(f"{path} is not seen here with the {size} bytes that another process has written of it")
+        time.sleep(0.05)
+
+
 def _delete(checkpoint: Path) -> None:
     doomed = checkpoint.with_name(f".{checkpoint.name}{_PARTIAL}old")
     checkpoint.rename(doomed)  # A half-deleted checkpoint must never look like a damaged one.
@@ -277,71 +362,3 @@ def lock_run(run_directory: Path) -> FileLock:
             f"{run_directory} is in use by another process; wait until that run ends or stop it, or start a run under another name"
         ) from None
     return lock
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises `CheckpointError` naming the file if it is missing or no such object."""
-    try:
-        if path.is_symlink() or path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(
-                f"{path} is a link, or larger than {MAX_JSON_BYTES} bytes; expected a regular file: this checkpoint is damaged"
-            )
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except CheckpointError:
-        raise
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; this checkpoint is not whole") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); this checkpoint is damaged") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(
-            f"{path} holds a {type(value).__name__}; expected a JSON object: this checkpoint is damaged"
-        )
-    return value
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-
-
-def _check_file(directory: Path, name: str, entry: Any, check_hashes: bool) -> str | None:
-    path = directory / name
-    inside = PurePosixPath(name)
-    if inside.is_absolute() or not inside.parts or ".." in inside.parts or inside.as_posix() != name:
-        return f"{directory}/{MANIFEST_FILE} names {name!r}; expected names of files in the checkpoint"
-    linked = path.is_symlink() or any((directory / parent).is_symlink() for parent in inside.parents[:-1])
-    if not isinstance(entry, dict) or linked or not path.is_file():
-        return f"{path} is missing or no regular file"
-    if path.stat().st_size != entry.get("size"):
-        return f"{path} has {path.stat().st_size} bytes; expected {entry.get('size')}: it is truncated or was changed"
-    if check_hashes and _sha256(path) != entry.get("sha256"):
-        return f"{path} has another SHA-256 than its manifest says: it is damaged or was changed"
-    if path.suffix == ".safetensors" and (problem := header_problem(path)):
-        return f"{path} {problem}; it was made by hand or is damaged"
-    return None
-
-
-def _state_problem(state: dict[str, Any], *, step: Any) -> str | None:
-    """What a run could not go on from, as words after the file's name; what a key means is known where it is read."""
-    if state.get("step", step) != step:
-        return f"is of step {state['step']!r}; expected {step!r}, as the manifest says"
-    counts = {name: state[name] for name in ("tokens", "samples") if name in state}
-    for name, value in counts.items():
-        if type(value) is not int or not 0 <= value < 2**63:
-            return f"has {name} = {str(value)[:40]!r}; expected a whole number from 0"
-    for name, kind in (("early_stopping", dict), ("recovery", dict), ("micro_batch", dict), ("settings", dict)):
-        if not isinstance(state.get(name, {}), kind):
-            return f"has {name} = {str(state[name])[:40]!r}; expected an object"
-    for name in ("validation_loss", "compared_loss", "bits_per_byte"):
-        if not isinstance(state.get(name), int | float | None) or isinstance(state.get(name), bool):
-            return f"has {name} = {str(state[name])[:40]!r}; expected a number or null"
-    return None
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,7 +2,8 @@
 
 Notable: where there is room for a copy of the state, training stands still for the copy alone, and a thread writes it: never more than
 one, so the next checkpoint waits for the one before. A write that has failed is known before the next step; whatever ends the run, or
-reads checkpoints, waits for the writer first. Copy and direct write give the same bytes.
+reads checkpoints, waits for the writer first. Copy and direct write give the same bytes. Of several ranks the first writes, unless each
+has a part of the state: then all do, as `joined_saving` says.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anarcho_train.background_writing import BackgroundWriter
+from anarcho_train.joined_saving import JoinedSaving
 from anarcho_train.out_of_memory import OutOfMemory
+from anarcho_train.ranks import DONE
 from anarcho_train.saving import Saves, require_free
 
 if TYPE_CHECKING:
@@ -39,11 +42,19 @@ class Checkpointing:
         self._saves = Saves(limit=loop.recovery.max_failed_saves)
         self._writer = BackgroundWriter()
         self._copied: _Copied | None = None
+        self._joined: JoinedSaving | None = None
         self._last_time = clock()
 
     def begin(self) -> None:
         """The run begins, or goes on, now: the minutes until the next checkpoint are counted from here."""
         self._last_time = self._clock()
+        if self._loop.ranks.size > 1 and self._loop.step.in_parts:
+            self._joined = JoinedSaving(self._loop, self._saves, note=self._note, reporter=self._reporter)
+
+    @property
+    def state(self) -> float:
+        """How far this rank is with a checkpoint of which it writes a part, to be told to the others."""
+        return self._joined.state if self._joined else DONE
 
     def due_by_clock(self) -> bool:
         """Whether the newest checkpoint is as old as the configuration allows; of several ranks, by the clock of the first."""
@@ -65,27 +76,38 @@ class Checkpointing:
         step = loop.progress.result.step
         if step in (0, loop.progress.saved_step):
             return
-        if loop.ranks.rank:
+        if loop.ranks.rank and self._joined is None:
             loop.progress.result.checkpoint, loop.progress.saved_step = loop.checkpoints.path(step), step
             return
         state = copy.deepcopy(self._state(planned=planned and not by_clock, by_clock=by_clock))
         # A try that fails is not made again at once.
         self._last_time = self._clock()
-        if final or needed or not (loop.background() and self._save_aside(step, state)):
+        if self._joined is not None:
+            self._joined.save(step, state, here=final or needed, patient=final)
+        elif final or needed or not (loop.background() and self._save_aside(step, state)):
             self._save_here(step, state, needed=needed or final, patient=final)
 
     def wait(self) -> None:
         """Returns when no checkpoint is being written any more; raises `SaveFailed`."""
-        if self._copied is not None:
+        if self._joined is not None:
+            self._joined.wait()
+        elif self._copied is not None:
             with self._loop.throughput.pause("checkpoint"):
                 self._writer.wait()
             self.take_in()
 
-    def take_in(self) -> None:
-        """Notes how a checkpoint that was being written has come out; does nothing while it still is. Raises `SaveFailed`."""
-        if self._copied is None or self._writer.busy:
-            return
-        loop, copied = self._loop, self._copied
+    def take_in(self, state: float = DONE) -> None:
+        """Notes how a checkpoint that was being written has come out; does nothing while it still is. Raises `SaveFailed`.
+
+        ``state`` is what that of all ranks comes to.
+        """
+        if self._joined is not None:
+            self._joined.advance(state)
+        elif self._copied is not None and not self._writer.busy:
+            self._take_in_copy(self._copied)
+
+    def _take_in_copy(self, copied: _Copied) -> None:
+        loop = self._loop
         self._copied = None
         path = self._saves.attempt(self._writer.result, report=self._reporter(copied.step), needed=False, patient=False)
         if path is not None:
@@ -97,6 +119,8 @@ class Checkpointing:
     def close(self) -> None:
         """The run ends, in whatever way: what is being written is finished, and a failure is told, but raised no more."""
         self._writer.close()
+        if self._joined is not None:
+            self._joined.close()
         if self._copied is not None:
             error, step = self._writer.error, self._copied.step
             self._copied = None
@@ -143,7 +167,8 @@ class Checkpointing:
     def _note(self, path: Path, **seconds: float) -> None:
         self._loop.progress.result.checkpoint = path
         self._loop.write("checkpoint", path=path.name, **seconds)
-        self._loop.on_checkpoint()
+        if not self._loop.ranks.rank:
+            self._loop.on_checkpoint()
 
     def _reporter(self, step: int) -> Callable[[str, int], None]:
         return lambda message, failures: self._loop.event(

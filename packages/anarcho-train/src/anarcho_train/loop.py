@@ -32,7 +32,7 @@ from anarcho_train.micro_batch import MicroBatches, largest_fitting
 from anarcho_train.out_of_memory import OutOfMemory
 from anarcho_train.progress import Progress, TrainResult
 from anarcho_train.rank_faults import RankFaults
-from anarcho_train.ranks import Alone, RankFailed, RankLost, Ranks, Turn, mark_known, share
+from anarcho_train.ranks import DONE, Alone, RankFailed, RankLost, Ranks, Turn, mark_known, share
 from anarcho_train.recovery import Recovery, RecoveryConfig
 from anarcho_train.signals import StopSignal
 from anarcho_train.step import Batch, Step, StepMetrics, StepSchedule
@@ -109,7 +109,7 @@ class Loop:
         self._losses, self._others = LossFaults(self), RankFaults(self)
         self._agreed_stop: int | None = None
         self._own: list[Batch] = []
-        self._tokens = 0
+        self._tokens, self._saving = 0, DONE
 
     @property
     def micro_batch(self) -> str:
@@ -165,7 +165,7 @@ class Loop:
         unreported: list[StepMetrics] = []
         try:
             while self._goes_on() and self._await_batch(stop):
-                self.saving.take_in()
+                self.saving.take_in(self._saving)
                 step, metrics = self.progress.result.step + 1, self._train_step()
                 unreported.append(metrics)
                 if self._is_logged(step):
@@ -207,7 +207,7 @@ class Loop:
         with self.throughput.waiting():
             while (turn := self._turn(stop)).state == "waiting" and not turn.stop:
                 time.sleep(WAIT_SECONDS)
-        self._agreed_stop, self._tokens = turn.stop, turn.tokens
+        self._agreed_stop, self._tokens, self._saving = turn.stop, turn.tokens, turn.saving
         self._announce()
         if turn.state == "ended" and not turn.stop:
             self._end_of_data()
@@ -223,7 +223,7 @@ class Loop:
             except (ValueError, OSError) as failure:
                 state, error = "failed", failure
         tokens = sum(batch.tokens.size for batch in self._own)
-        turn = Turn.agreed(self.ranks, stop=stop.number, state=state, tokens=tokens)
+        turn = Turn.agreed(self.ranks, stop=stop.number, state=state, tokens=tokens, saving=self.saving.state)
         if turn.state == "failed":
             self.saving.save(planned=False)
             failure = error or RankFailed("another process of this run cannot read its data; its own message says why")

@@ -20,6 +20,9 @@ import numpy as np
 BEAT_SECONDS = 1.0
 """How often ranks that wait for the first hear from it."""
 
+DONE, BUSY, FAILED = 0.0, 1.0, 2.0
+"""How far a rank is with something that it does beside the training."""
+
 _WORKING, _DONE, _FAILED = 0.0, 1.0, 2.0
 _STATES = ("ready", "waiting", "ended", "failed")
 
@@ -88,13 +91,25 @@ class Turn:
     """`ready` where all have their samples; `waiting` where one has not, `ended` or `failed` where one never will have."""
     tokens: int
     """Tokens of the step, over all ranks."""
+    saving: float = DONE
+    """`DONE`, `BUSY` or `FAILED`: how far all ranks are with the checkpoint that they write."""
 
     @classmethod
-    def agreed(cls, ranks: Ranks, *, stop: int | None, state: str, tokens: int) -> Turn:
+    def agreed(cls, ranks: Ranks, *, stop: int | None, state: str, tokens: int, saving: float = DONE) -> Turn:
         """Made of what each rank says, in one exchange."""
-        told = ranks.gathered([stop or 0, _STATES.index(state), tokens])
+        told = ranks.gathered([stop or 0, _STATES.index(state), tokens, saving])
         number, state_number = (int(value) for value in told[:, :2].max(axis=0))
-        return cls(stop=number or None, state=_STATES[state_number], tokens=int(told[:, 2].sum()))
+        return cls(
+            stop=number or None,
+            state=_STATES[state_number],
+            tokens=int(told[:, 2].sum()),
+            saving=agreed_state(told[:, 3]),
+        )
+
+
+def agreed_state(told: np.ndarray) -> float:
+    """What all ranks' states come to: `BUSY` until none is, then whether one has `FAILED`."""
+    return BUSY if (told == BUSY).any() else float(told.max())
 
 
 def share(samples: int, ranks: Ranks) -> int:
@@ -134,6 +149,14 @@ def told(ranks: Ranks, text: str) -> str:
     length = int(ranks.gathered([len(own)])[0, 0])
     padded = (own if ranks.rank == 0 else b"").ljust(length + 1)
     return bytes(ranks.gathered(list(padded))[0].astype(np.uint8))[:length].decode()
+
+
+def texts(ranks: Ranks, own: str) -> list[str]:
+    """The text that each rank gives, by its number, on every rank."""
+    data = own.encode()
+    lengths = ranks.gathered([len(data)])[:, 0].astype(int)
+    found = ranks.gathered(list(data.ljust(int(lengths.max()) + 1))).astype(np.uint8)
+    return [bytes(row[:length]).decode() for row, length in zip(found, lengths, strict=True)]
 
 
 @contextmanager

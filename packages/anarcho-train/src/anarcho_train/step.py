@@ -106,6 +106,11 @@ class Step(Protocol):
     Where memory runs out, they raise `anarcho_train.OutOfMemory`, and may be called again with less.
     """
 
+    @property
+    def in_parts(self) -> bool:
+        """Whether `save` writes a part of the state, and every rank has to; its files then have names that no other rank's have."""
+        ...
+
     def train(self, micro_batches: Sequence[Batch], *, schedule: StepSchedule) -> StepMetrics:
         """One optimizer update from the micro-batches of one global batch."""
         ...

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,27 +30,57 @@ BITS = {
 """Size of an element by the format's name of its type."""
 
 
+class HeaderError(ValueError):
+    """A header that is not sound; the message goes on after the file's name."""
+
+
 class _Twice(ValueError):
     """A name that an object holds twice."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a safetensors file says of itself."""
+
+    shapes: dict[str, tuple[int, ...]]
+    """By the tensors' names."""
+    metadata: dict[str, str]
+    """Texts beside them."""
+
+
 def header_problem(path: Path) -> str | None:
     """What is wrong with the safetensors file at ``path``, as words that go on after its name; None where its header is sound."""
+    try:
+        read_header(path)
+    except HeaderError as error:
+        return str(error)
+    return None
+
+
+def read_header(path: Path) -> Header:
+    """The header of a safetensors file; raises `HeaderError` where it is not sound."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
-            return f"is no safetensors file: its header would have {length} bytes, of {max(0, size - 8)} that there are"
+            raise HeaderError(
+                f"is no safetensors file: its header would have {length} bytes, of {max(0, size - 8)} that there are"
+            )
         if length > MAX_HEADER_BYTES:
-            return f"has a header of {length} bytes; expected at most {MAX_HEADER_BYTES}"
+            raise HeaderError(f"has a header of {length} bytes; expected at most {MAX_HEADER_BYTES}")
         text = file.read(length)
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
-        return f"is no safetensors file: its header cannot be read ({' '.join(str(error).split())[:120]})"
+        raise HeaderError(
+            f"is no safetensors file: its header cannot be read ({' '.join(str(error).split())[:120]})"
+        ) from None
     if not isinstance(header, dict):
-        return f"is no safetensors file: its header is a {type(header).__name__}"
-    return _layout_problem(header, size - 8 - length)
+        raise HeaderError(f"is no safetensors file: its header is a {type(header).__name__}")
+    metadata = header.pop("__metadata__", None) or {}  # MLX writes null.
+    if problem := _layout_problem(header, metadata, size - 8 - length):
+        raise HeaderError(problem)
+    return Header(shapes={name: tuple(entry["shape"]) for name, entry in header.items()}, metadata=metadata)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -59,8 +90,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _layout_problem(header: dict[str, Any], num_bytes: int) -> str | None:
-    metadata = header.pop("__metadata__", None) or {}  # MLX writes null.
+def _layout_problem(header: dict[str, Any], metadata: Any, num_bytes: int) -> str | None:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         return "has metadata that are no texts"
     places = []

@@ -153,6 +153,9 @@ class MlxStep:
         self._told_of_shapes = False
         self._compile()
 
+    in_parts = False
+    """Whether each rank saves a part of the state."""
+
     def train(self, micro_batches: Sequence[Batch], *, schedule: StepSchedule) -> StepMetrics:
         """One update; the gradient is that of the mean loss over the weight of all micro-batches, of all ranks, together."""
         return self._guarded(lambda: self._train(micro_batches, schedule=schedule))
@@ -268,7 +271,7 @@ class MlxStep:
     def load(self, directory: Path) -> None:
         """Restores what `save`, or another framework's, wrote; raises ValueError naming the first array that does not fit."""
         self._load_model(self.model, directory)
-        load_optimizer(directory / OPTIMIZER_FILE, self.optimizer, self.model)
+        load_optimizer(directory, self.optimizer, self.model)
         with safe_open(directory / RUNTIME_FILE, framework="np") as file:
             names = set(file.keys())
             if GENERATOR in names:  # Another framework's state has another generator.

@@ -16,7 +16,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten
-from safetensors import safe_open
+
+from anarcho_train.steps.stored_state import stored_state
 
 _thread = threading.local()
 
@@ -116,21 +117,25 @@ def write_arrays(path: Path, arrays: dict[str, mx.array]) -> None:
         raise OSError(f"{path.parent} cannot be written ({error}); free space there and resume the run") from error
 
 
-def load_optimizer(path: Path, optimizer: Optimizer, model: nn.Module) -> None:
-    """Sets the optimizer's arrays from a file, after all their names and shapes were compared; ValueError names one that does not fit."""
+def load_optimizer(directory: Path, optimizer: Optimizer, model: nn.Module) -> None:
+    """Sets the optimizer's arrays from a checkpoint, after all names and shapes were compared; ValueError names one that does not fit."""
     places = _places(optimizer, model)
     advice = "resume with the run's own config"
-    with safe_open(path, framework="mlx") as file:
-        found = set(file.keys())
+    with stored_state(directory, framework="mlx", join=lambda parts: mx.concatenate(list(parts))) as stored:
+        found = stored.layouts.keys()
         if not found:  # Of an optimizer that has made no step yet, PyTorch saves nothing.
             return
         if missing := sorted(places.keys() - found):
-            raise ValueError(f"{path} lacks {missing[0]}; expected the state of this optimizer and model: {advice}")
+            raise ValueError(
+                f"{stored.place_of_all} lacks {missing[0]}; expected the state of this optimizer and model: {advice}"
+            )
         if unknown := sorted(found - places.keys()):
+            path = stored.place(unknown[0])
             raise ValueError(f"{path} holds {unknown[0]}, which this optimizer and model do not have: {advice}")
         for name, (container, key) in sorted(places.items()):
-            shape, expected = tuple(file.get_slice(name).get_shape()), container[key].shape
+            shape, expected = stored.layouts[name].shape, container[key].shape
             if shape != expected:
+                path = stored.place(name)
                 raise ValueError(f"{path} holds {name} of shape {shape}; expected {expected}: {advice}")
         for name, (container, key) in places.items():
-            container[key] = file.get_tensor(name).astype(container[key].dtype)
+            container[key] = stored.tensor(name).astype(container[key].dtype)

@@ -175,9 +175,14 @@ class TorchStep:
         self._last_update = Done(self.device) if self._several else None
         self._gradients = GradientTypes(model, optimizer, compute=self.precision)
         if shards is not None:
-            shards.serve(self._files.state_tensors)
+            shards.serve()
         elif self._several:
             self._ranks.is_torn = self._is_torn
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether each rank saves a part of the state, so that all of them have to."""
+        return self._parts.shared
 
     def train(self, micro_batches: Sequence[Batch], *, schedule: StepSchedule) -> StepMetrics:
         """One update; the gradient is that of the mean loss over the weight of all micro-batches together."""

@@ -1,12 +1,15 @@
 """The state of a step in PyTorch on disk: model, optimizer, random generators and loss scale, as files in one directory.
 
 Notable: everything is safetensors under parameter names, so that it depends neither on the step's class nor on the order of parameters,
-and another framework, or another number of processes, reads it.
+and another framework, or another number of processes, reads it. Where the model lies in shards, each process writes its part of the
+optimizer's state into a file of its own, and the first one all else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,9 +18,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from anarcho_train.steps.files import OPTIMIZER_FILE, RUNTIME_FILE
+from anarcho_train.steps.files import RUNTIME_FILE
 from anarcho_train.steps.torch_memory import host_copy
 from anarcho_train.steps.torch_state import load_optimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateFile:
+    """What a process writes of the optimizer's state."""
+
+    name: str
+    """Of the file."""
+    tensors: dict[str, Tensor]
+    """In the host's memory."""
+    notes: dict[str, str] | None = None
+    """Which rows they are, of a part."""
 
 
 class Parts(Protocol):
@@ -25,15 +40,16 @@ class Parts(Protocol):
 
     shared: bool
 
+    @property
+    def writes_all(self) -> bool:
+        """Whether this process writes what is of no process alone: model and random state."""
+        ...
+
     def whole_model(self) -> nn.Module: ...
 
-    def whole_tensors(
-        self, tensors: Callable[[], Mapping[str, Tensor]], *, copy: bool = False
-    ) -> dict[str, Tensor]: ...
+    def state_file(self, tensors: Mapping[str, Tensor], *, copy: bool) -> StateFile: ...
 
     def change(self, change: Callable[[nn.Module], None]) -> None: ...
-
-    def part(self, whole: Tensor, like: Tensor) -> Tensor: ...
 
 
 class StateFiles:
@@ -55,20 +71,22 @@ class StateFiles:
         self._names = {id(p): name for name, p in model.named_parameters()}
 
     def save(self, directory: Path) -> None:
-        """Writes the model's files, the optimizer's state and the random state into ``directory``."""
-        self._write(directory, self._parts.whole_model, self._optimizer_tensors, self._runtime_tensors())
+        """Writes the model's files, the optimizer's state and the random state into ``directory``; of shards, what is this process's."""
+        self._write(directory, self._parts.whole_model, lambda: self._state_file(copy=False), self._runtime_tensors())
 
     def snapshot(self) -> Callable[[Path], None]:
         """A copy in the host's memory of what `save` would write now; what is returned writes it, from any thread."""
+        optimizer, runtime = self._state_file(copy=True), self._runtime_tensors()
+        if not self._parts.writes_all:
+            return lambda directory: _save(optimizer, directory)
         model = self._parts.whole_model() if self._parts.shared else host_copy(self._model)
-        optimizer, runtime = self._optimizer_tensors(copy=True), self._runtime_tensors()
         return lambda directory: self._write(directory, lambda: model, lambda: optimizer, runtime)
 
     def load(self, directory: Path) -> None:
         """Restores what `save` wrote; raises ValueError naming the first tensor that is missing, left over or of another shape."""
         self._parts.change(lambda model: self._load_model(model, directory))
         parameters = dict(self._model.named_parameters())
-        load_optimizer(directory / OPTIMIZER_FILE, self._optimizer, parameters, part=self._parts.part)
+        load_optimizer(directory, self._optimizer, parameters)
         self._load_runtime(directory / RUNTIME_FILE)
 
     def state_tensors(self) -> dict[str, Tensor]:
@@ -84,20 +102,19 @@ class StateFiles:
         self,
         directory: Path,
         model: Callable[[], nn.Module],
-        optimizer: Callable[[], dict[str, Tensor]],
+        optimizer: Callable[[], StateFile],
         runtime: dict[str, Tensor],
     ) -> None:
-        """Each part is asked for when it is written: of shards, a copy is made of it."""
-        try:
-            self._save_model(model(), directory)
-            save_file(optimizer(), directory / OPTIMIZER_FILE)
-            save_file(runtime, directory / RUNTIME_FILE)
-        except SafetensorError as error:  # Its text is the operating system's, for example that the disk is full.
-            raise OSError(f"{directory} cannot be written ({error}); free space there and resume the run") from error
+        """Each part is asked for when it is written: of what lies on a device, a copy is made of it."""
+        if self._parts.writes_all:
+            with _disk_errors(directory):
+                self._save_model(model(), directory)
+                save_file(runtime, directory / RUNTIME_FILE)
+        _save(optimizer(), directory)
 
-    def _optimizer_tensors(self, *, copy: bool = False) -> dict[str, Tensor]:
-        """State tensors by canonical name, contiguous on the CPU."""
-        return self._parts.whole_tensors(self.state_tensors, copy=copy)
+    def _state_file(self, *, copy: bool) -> StateFile:
+        """What this process writes of the optimizer's state."""
+        return self._parts.state_file(self.state_tensors(), copy=copy)
 
     def _runtime_tensors(self) -> dict[str, Tensor]:
         tensors = {"rng.cpu": torch.get_rng_state()}
@@ -123,6 +140,21 @@ class StateFiles:
                     "_growth_tracker": int(file.get_tensor("growth_tracker")),
                 }
                 scaler.load_state_dict(scaler.state_dict() | state)
+
+
+def _save(file: StateFile, directory: Path) -> None:
+    with _disk_errors(directory):
+        # Of no tensors and no notes, safetensors 0.8 would write a header that is no JSON.
+        save_file(file.tensors, directory / file.name, metadata=file.notes or None)
+
+
+@contextmanager
+def _disk_errors(directory: Path) -> Iterator[None]:
+    """What safetensors cannot write is an OSError: its text is the operating system's, for example that the disk is full."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{directory} cannot be written ({error}); free space there and resume the run") from error
 
 
 def _device_module(device: torch.device) -> Any:

@@ -17,7 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from anarcho_train.out_of_memory import is_out_of_memory
 from anarcho_train.steps.agreement import agreed_memory
+from anarcho_train.steps.files import OPTIMIZER_FILE
+from anarcho_train.steps.torch_files import StateFile
 from anarcho_train.steps.torch_ranks import TorchRanks
+from anarcho_train.steps.torch_state import own_part
 
 
 class Replicas:
@@ -92,17 +95,17 @@ class Replicas:
         """The model itself."""
         return self._model
 
-    def whole_tensors(self, tensors: Callable[[], Mapping[str, Tensor]], *, copy: bool = False) -> dict[str, Tensor]:
-        """Tensors of the optimizer, contiguous on the CPU."""
-        return {name: value.detach().to("cpu", copy=copy).contiguous() for name, value in tensors().items()}
+    writes_all = True
+    """Whether this process writes what is of no process alone."""
+
+    def state_file(self, tensors: Mapping[str, Tensor], *, copy: bool) -> StateFile:
+        """The whole state of the optimizer, contiguous on the CPU."""
+        found, _ = own_part(tensors, first_process=True, copy=copy)
+        return StateFile(name=OPTIMIZER_FILE, tensors=found)
 
     def change(self, change: Callable[[nn.Module], None]) -> None:
         """Lets a function set the model's weights."""
         change(self._model)
-
-    def part(self, whole: Tensor, like: Tensor) -> Tensor:
-        """What this process keeps of a tensor."""
-        return whole
 
     def sum(self, numbers: Tensor) -> Tensor:
         """Sums over what other processes hold of the same tensors, which is nothing."""

@@ -8,8 +8,8 @@ Notable:
   computes some without counting them, and who has none helps (`TorchRanks.together`).
 * Between the micro-batches of a step, whole gradients stay where they are while they are small beside the device's memory: then they travel
   once. Larger ones are shared out each time.
-* Files are read and written whole, as those of one process: one tensor at a time is gathered on the device, and rank 0 alone keeps it, in
-  the host's memory. The other processes take part when they next have anything to say.
+* The model's files are written whole: one tensor at a time is gathered on the device, and rank 0 alone keeps it, in the host's memory.
+  The other processes take part when they next have anything to say. Of the optimizer's state each process writes what it has.
 
 Sources: ZeRO (arXiv:1910.02054), PyTorch FSDP (arXiv:2304.11277).
 """
@@ -27,11 +27,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from anarcho_train.optimizer_layout import part_name
 from anarcho_train.out_of_memory import is_out_of_memory, reason
 from anarcho_train.steps.agreement import agreed_memory
+from anarcho_train.steps.torch_files import StateFile
 from anarcho_train.steps.torch_ranks import TorchRanks
+from anarcho_train.steps.torch_state import own_part
 
-FORWARD, WEIGHTS, STATE = 1, 2, 3
+FORWARD, WEIGHTS = 1, 2
 """What a process may need the others for besides a step; see `TorchRanks.together`."""
 
 HELD_GRADIENTS_SHARE = 0.1
@@ -72,16 +75,13 @@ class Shards:
         model.token_logprobs = lambda *tensors, **named: own(*tensors, **named).clone()  # type: ignore[assignment]
         register_fsdp_forward_method(model, "token_logprobs")
         ranks.is_torn = lambda: True  # What the others held is gone.
-        self._state: Callable[[], Mapping[str, Tensor]] = dict
 
-    def serve(self, state: Callable[[], Mapping[str, Tensor]]) -> None:
-        """From now on this process helps others; ``state`` gives the optimizer's tensors by name."""
-        self._state = state
+    def serve(self) -> None:
+        """From now on this process helps others."""
         self._ranks.help_with(
             {
                 FORWARD: self._forward_for_others,
                 WEIGHTS: lambda: _take_part(self._weights()),
-                STATE: lambda: _take_part(self._state()),
             }
         )
 
@@ -148,10 +148,15 @@ class Shards:
             self._put_away()
             return self._filled(_gather(self._weights()))
 
-    def whole_tensors(self, tensors: Callable[[], Mapping[str, Tensor]], *, copy: bool = False) -> dict[str, Tensor]:
-        """The optimizer's tensors whole in the host's memory; of rank 0 alone."""
-        with self._ranks.together(STATE):
-            return _gather(tensors())
+    @property
+    def writes_all(self) -> bool:
+        """Whether this process writes what is of no process alone."""
+        return self._ranks.rank == 0
+
+    def state_file(self, tensors: Mapping[str, Tensor], *, copy: bool) -> StateFile:
+        """What this process has of the optimizer's tensors, in the host's memory."""
+        found, notes = own_part(tensors, first_process=self.writes_all, copy=copy)
+        return StateFile(name=part_name(self._ranks.rank, self._ranks.size), tensors=found, notes=notes)
 
     @torch.no_grad()
     def change(self, change: Callable[[nn.Module], None]) -> None:
