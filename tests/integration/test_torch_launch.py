@@ -98,6 +98,19 @@ def test_any_number_of_processes_trains_what_one_does_on_the_same_samples(begin,
     assert "anarcho" not in launched.errors(1)
 
 
+def test_shards_in_bfloat16_train_as_replicas_do(begin, whole, tmp_path):
+    """Weights that travel narrow are those that autocast makes; norms, residual stream and sums of gradients are as wide as before."""
+    narrow = [*begin[:-1], "narrow", "--set", "train.precision=bfloat16"]
+    replicas = Launched(tmp_path, [narrow] * 2)
+    assert replicas.exit_codes() == [0, 0], replicas.errors()
+    (tmp_path / "shards").mkdir()
+    shards = Launched(tmp_path / "shards", [[*narrow, *FSDP]] * 2)
+    assert shards.exit_codes() == [0, 0], shards.errors()
+    assert_same_losses(run_of(shards, "narrow"), run_of(replicas, "narrow"), atol=1e-4)
+    wide, found = losses(run_of(whole)), losses(run_of(shards, "narrow"))
+    assert max(abs(wide[step] - found[step]) for step in found) > 1e-4, "as close as that only because it is bfloat16"
+
+
 def test_a_run_goes_on_over_four_two_one_three_and_four_processes_in_any_strategy(begin, whole, tmp_path):
     rows = []
     for number, (arguments, count, machines) in enumerate(

@@ -79,6 +79,17 @@ def test_four_ranks_with_shards_of_a_model_or_of_its_replicas_make_the_updates_o
     assert found["weights"] == pytest.approx(alone["weights"], rel=1e-4, abs=1e-4)
 
 
+def test_shards_of_a_model_in_bfloat16_gather_its_matrices_in_it_and_sum_gradients_in_float32(outcomes):
+    alone, found = outcomes[1, 0]["bfloat16"], outcomes[4, 0]["bfloat16"]
+    for ours, theirs in zip(found["steps"], alone["steps"], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-2)
+    whole, narrow = found["sent"]["float32"], found["sent"]["bfloat16"]
+    assert whole["reduce"] == narrow["reduce"] > 0
+    assert 0.5 <= narrow["gather"] / whole["gather"] < 0.65
+    assert found["types"] == ["torch.float32"], "what the optimizer updates"
+
+
 def test_memory_that_runs_out_in_one_rank_is_known_to_both_and_the_step_can_be_tried_again(outcomes):
     told, failed = (
         [found for found in outcomes[2, rank]["trained"]["steps"] if isinstance(found, str)] for rank in (0, 1)

@@ -23,6 +23,7 @@ from anarcho_train.steps import torch_shards
 from anarcho_train.steps.torch import TorchStep
 from anarcho_train.steps.torch_ranks import TorchRanks
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 RANK = "__torch_rank__"
 MICRO = 2
@@ -49,18 +50,32 @@ class Layers(nn.Module):
         return logits.log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
 
 
-def make_step(ranks: TorchRanks, *, replicas: int = 0) -> TorchStep:
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that each rank hands over, by what is done with them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = {"gather": 0, "reduce": 0}
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        if function.namespace == "c10d" and isinstance(arguments[1], torch.Tensor):  # Numbers of the host are lists.
+            self.bytes["reduce" if "scatter" in str(function) else "gather"] += arguments[1].nbytes
+        return function(*arguments, **(named or {}))
+
+
+def make_step(ranks: TorchRanks, *, replicas: int = 0, precision: str = "float32") -> TorchStep:
     """A step of the model whole in each rank, or in shards, of which there are so many ``replicas``."""
     torch.manual_seed(0)
     model = Layers()
     shards = None
     if replicas:
         blocks = [model.hidden, model.wide]
-        shards = torch_shards.Shards(model, blocks, ranks, device=torch.device("cpu"), replicas=replicas)
+        options = {"replicas": replicas, "compute": getattr(torch, precision)}
+        shards = torch_shards.Shards(model, blocks, ranks, device=torch.device("cpu"), **options)
     return TorchStep(
         model,
         torch.optim.AdamW(model.parameters(), lr=0.05),
-        config=TrainConfig(precision="float32", compile="off"),
+        config=TrainConfig(precision=precision, compile="off"),
         save_model=lambda model, directory: None,
         load_model=lambda model, directory: None,
         ranks=ranks,
@@ -148,6 +163,22 @@ def train_in_shards(ranks: TorchRanks, *, replicas: int, held: bool) -> dict[str
     return {"steps": found, "weights": sums, "counted": counted}
 
 
+def train_in_bfloat16(ranks: TorchRanks) -> dict[str, Any]:
+    """Steps under autocast of a model in shards, or in one process whole; and what a step of each precision sends."""
+    step = make_step(ranks, replicas=int(ranks.size > 1), precision="bfloat16")
+    schedules = [StepSchedule(lr_scale=1 / (number + 1), number=number) for number in range(3)]
+    found = [asdict(step.train(share(s.number, ranks, micro=1), schedule=s)) for s in schedules]
+    if ranks.size == 1:
+        return {"steps": found}
+    sent = {}
+    for name, other in (("float32", make_step(ranks, replicas=1)), ("bfloat16", step)):
+        with Traffic() as traffic:
+            other.train(share(0, ranks), schedule=schedules[0])
+        sent[name] = traffic.bytes
+    types = [str(parameter.dtype) for parameter in step.model.parameters()]
+    return {"steps": found, "sent": sent, "types": sorted(set(types))}
+
+
 def silence(rank: int) -> dict[str, Any]:
     """Rank 1 says nothing for longer than rank 0 waits; every later exchange of rank 0 fails at once."""
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=SILENT_SECONDS))
@@ -177,7 +208,8 @@ def unbroken() -> dict[str, Any]:
 def main(rank: int, size: int, directory: str) -> None:
     torch.set_num_threads(1)
     if size == 1:
-        outcome = {"trained": train(TorchRanks()), "unbroken": unbroken()}
+        alone = TorchRanks()
+        outcome = {"trained": train(alone), "unbroken": unbroken(), "bfloat16": train_in_bfloat16(alone)}
     else:
         rendezvous = f"file://{directory}/rendezvous-{size}"
         dist.init_process_group(
@@ -188,9 +220,10 @@ def main(rank: int, size: int, directory: str) -> None:
             outcome = {"trained": train(ranks), "silence": silence(rank)}
         else:
             cases = [(replicas, held) for replicas in (1, 2) for held in (True, False)]
-            outcome = {
+            outcome: dict[str, Any] = {
                 f"{replicas}-{held}": train_in_shards(ranks, replicas=replicas, held=held) for replicas, held in cases
             }
+            outcome["bfloat16"] = train_in_bfloat16(ranks)
     (Path(directory) / f"rank-{size}-{rank}.json").write_text(json.dumps(outcome))
 
 

@@ -70,6 +70,7 @@ def require_devices(device: str) -> None:
 def shared_out(model: GPT, config: RunConfig, ranks: TorchRanks, *, device: str) -> Shards | None:
     """The model in shards where the configuration says so or it fits no device whole; None where each process has all of it."""
     import torch
+    from anarcho_train.steps.torch_settings import resolve_precision
     from anarcho_train.steps.torch_shards import Shards
 
     machines = processes_by_machine(ranks, os.environ)
@@ -79,11 +80,14 @@ def shared_out(model: GPT, config: RunConfig, ranks: TorchRanks, *, device: str)
     replicas = replicas_of(machines) if strategy == "hybrid" else 1
     if strategy == "ddp" or replicas == ranks.size:
         return None
-    if config.train.precision == "float16":
+    place = torch.device(device)
+    compute = resolve_precision(config.train.precision, place)
+    if compute == torch.float16:
         raise ProcessesError(
-            f"train.precision is float16, which does not go with train.strategy = '{strategy}'; use bfloat16 or float32"
+            f"train.precision is {config.train.precision}, here float16, which does not go with train.strategy = '{strategy}'; use "
+            "bfloat16 or float32"
         )
-    return Shards(model, list(model.model.layers), ranks, device=torch.device(device), replicas=replicas)
+    return Shards(model, list(model.model.layers), ranks, device=place, replicas=replicas, compute=compute)
 
 
 def smallest_strategy(needed: int, budget: int, *, machines: Sequence[int]) -> str:

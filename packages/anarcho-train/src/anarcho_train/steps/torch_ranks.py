@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,12 +77,11 @@ class TorchRanks:
         cuda = device.type == "cuda"
         seconds = self._timeout * (DEVICE_PATIENCE if cuda else 1)
         with self.watched():
-            own, _ = dist.new_subgroups_by_enumeration(
+            own: Any = dist.new_subgroups_by_enumeration(
                 [self.numbers(part) for part in parts],
                 backend="nccl" if cuda else "gloo",
                 timeout=timedelta(seconds=seconds),
-            )
-        assert own is not None, "every rank is in one of the parts"
+            )[0]
         self._on_devices.append(own)
         return own
 

@@ -6,6 +6,8 @@ Notable:
   what is left of a step's gradients when they are shared out, once.
 * A block's weights are whole only while it computes, so every forward pass needs all processes: who has fewer micro-batches than others
   computes some without counting them, and who has none helps (`TorchRanks.together`).
+* Under bfloat16, the matrices of blocks travel in it, which halves what is gathered; they are what autocast would make of them. Gradients
+  are summed in float32, and norms, residual stream and embedding are float32 as in one process.
 * Between the micro-batches of a step, whole gradients stay where they are while they are small beside the device's memory: then they travel
   once. Larger ones are shared out each time.
 * The model's files are written whole: one tensor at a time is gathered on the device, and rank 0 alone keeps it, in the host's memory.
@@ -19,12 +21,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from anarcho_train.optimizer_layout import part_name
@@ -45,7 +48,8 @@ class Shards:
     """A model whose parameters are shared out, in place, over the ranks; made before its optimizer is.
 
     ``blocks`` are the modules that become whole one after the other. ``device`` is where the shards go; the model may lie elsewhere.
-    There are ``replicas`` of the model, each in shards over as many ranks that follow each other: usually those of a machine.
+    There are ``replicas`` of the model, each in shards over as many ranks that follow each other: usually those of a machine. Under
+    autocast, ``compute`` is its type.
     """
 
     shared = True
@@ -59,17 +63,19 @@ class Shards:
         *,
         device: torch.device,
         replicas: int = 1,
+        compute: torch.dtype = torch.float32,
     ) -> None:
         ranks.join_devices(device)
-        self._model, self._blocks, self._ranks = model, list(blocks), ranks
+        self._model, self._blocks, self._ranks, self._compute = model, list(blocks), ranks, compute
         self._empty = _on_meta(model)
         gradient_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         self._holds_gradients = gradient_bytes <= HELD_GRADIENTS_SHARE * _memory_bytes(device)
         mesh = _mesh(ranks, device, replicas=replicas)
         self._sharing = mesh.get_group(mesh.ndim - 1)
         with ranks.watched():
-            for module in (*self._blocks, model):
-                fully_shard(module, mesh=mesh)
+            for block in self._blocks:
+                fully_shard(block, mesh=mesh, mp_policy=_block_policy(compute))
+            fully_shard(model, mesh=mesh)
         own: Any = model.token_logprobs
         # What leaves the model must be no view: hooks are on the tensor itself.
         model.token_logprobs = lambda *tensors, **named: own(*tensors, **named).clone()  # type: ignore[assignment]
@@ -203,9 +209,24 @@ class Shards:
     def _forward_for_others(self) -> None:
         device = next(self._model.parameters()).device
         token = torch.zeros((1, 1), dtype=torch.long, device=device)
-        with torch.compiler.set_stance("force_eager"):
+        narrow = torch.autocast(device.type, dtype=self._compute, enabled=self._compute != torch.float32)
+        with torch.compiler.set_stance("force_eager"), narrow:
             self(token, token)
         self._put_away()
+
+
+def _block_policy(compute: torch.dtype) -> MixedPrecisionPolicy:
+    """What of a block travels as what: its matrices in the type that autocast makes of them anyway, gradients in float32.
+
+    Vectors stay as they are, because norms multiply by them in float32; PyTorch before 2.15 makes no such difference. Nothing is cast
+    where a block begins or ends, so the residual stream is what it is in one process.
+    """
+    if compute == torch.float32:
+        return MixedPrecisionPolicy()
+    options: dict[str, Any] = {"param_dtype": compute, "reduce_dtype": torch.float32, "cast_forward_inputs": False}
+    if "param_dtype_override_fn" in {field.name for field in fields(MixedPrecisionPolicy)}:
+        options["param_dtype_override_fn"] = lambda parameter: parameter.dtype if parameter.ndim < 2 else None
+    return MixedPrecisionPolicy(**options)
 
 
 def _mesh(ranks: TorchRanks, device: torch.device, *, replicas: int) -> DeviceMesh:
