@@ -75,7 +75,9 @@ def state_files(directory: Path) -> Sequence[Path]:
     if not parts:
         return [whole] if whole.exists() else []
     if whole.exists():
-        raise LayoutError(f"{whole} is there beside {parts[0].name}; expected the whole state or parts of it: {_ADVICE}")
+        raise LayoutError(
+            f"{whole} is there beside {parts[0].name}; expected the whole state or parts of it: {_ADVICE}"
+        )
     matches = [_PART.fullmatch(path.name) for path in parts]
     count = int(matches[0][2]) if matches[0] else 0
     names = {part_name(number, count) for number in range(min(count, len(parts) + 1))}
@@ -83,7 +85,9 @@ def state_files(directory: Path) -> Sequence[Path]:
         if path.name not in names:
             raise LayoutError(f"{path} is no part of the state that the other files are parts of: {_ADVICE}")
     if missing := sorted(names - {path.name for path in parts}):
-        raise LayoutError(f"{directory / missing[0]} is missing, one of {count} parts of the optimizer's state: {_ADVICE}")
+        raise LayoutError(
+            f"{directory / missing[0]} is missing, one of {count} parts of the optimizer's state: {_ADVICE}"
+        )
     return parts
 
 
@@ -109,9 +113,7 @@ def _pieces(path: Path) -> dict[str, tuple[Piece, tuple[int, ...]]]:
     return {name: _piece(path, name, shape, notes) for name, shape in header.shapes.items()}
 
 
-def _piece(
-    path: Path, name: str, shape: tuple[int, ...], notes: Mapping[str, str]
-) -> tuple[Piece, tuple[int, ...]]:
+def _piece(path: Path, name: str, shape: tuple[int, ...], notes: Mapping[str, str]) -> tuple[Piece, tuple[int, ...]]:
     count = shape[0] if shape else 0
     if name not in notes:
         return Piece(path=path, first=0, count=count), shape
@@ -133,13 +135,17 @@ def _joined(name: str, found: Sequence[tuple[Piece, tuple[int, ...]]]) -> Layout
             )
     if not shape:
         if len(found) > 1:
-            raise LayoutError(f"{found[1][0].path} holds {name}, as does {earliest.path.name}; expected it once: {_ADVICE}")
+            raise LayoutError(
+                f"{found[1][0].path} holds {name}, as does {earliest.path.name}; expected it once: {_ADVICE}"
+            )
         return Layout(shape=shape, pieces=(earliest,))
     pieces = sorted((piece for piece, _ in found), key=lambda piece: (piece.first, piece.count))
     end = 0
     for piece in pieces:
         if piece.first != end:
-            raise LayoutError(f"{piece.path} holds {name} from row {piece.first}; expected {end}, after the rows before: {_ADVICE}")
+            raise LayoutError(
+                f"{piece.path} holds {name} from row {piece.first}; expected {end}, after the rows before: {_ADVICE}"
+            )
         end += piece.count
     if end != shape[0]:
         raise LayoutError(f"{pieces[-1].path} ends {name} with row {end}; expected {shape[0]}: {_ADVICE}")

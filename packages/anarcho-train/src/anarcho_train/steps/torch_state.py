@@ -79,9 +79,7 @@ def load_optimizer(directory: Path, optimizer: torch.optim.Optimizer, parameters
             _fill(state[key], stored, full_name)
 
 
-def _require_fitting(
-    stored: StoredState, optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]
-) -> None:
+def _require_fitting(stored: StoredState, optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> None:
     """Raises ValueError naming the first tensor that is missing, left over or of another shape; nothing has been changed then."""
     names = {id(p): name for name, p in parameters.items()}
     expected = {
