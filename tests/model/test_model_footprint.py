@@ -103,6 +103,8 @@ def peak_of_step(model: GPT, tokens: torch.Tensor, *, autocast: bool, held: bool
 
     for weight in model.product_weights() if narrow else []:
         weight.grad_dtype = torch.bfloat16
+    for weight in model.parameters() if held else []:
+        weight.grad_dtype = torch.float32
     if held:
         step()
     before = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
@@ -115,8 +117,16 @@ def peak_of_step(model: GPT, tokens: torch.Tensor, *, autocast: bool, held: bool
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
-    ("autocast", "held", "narrow"),
-    [(False, False, False), (False, True, False), (True, False, False), (True, True, False), (True, False, True)],
+    ("autocast", "held", "narrow", "lean"),
+    [
+        (False, False, False, False),
+        (False, True, False, False),
+        (True, False, False, False),
+        (True, True, False, False),
+        (True, False, True, False),
+        (True, False, True, True),
+        (True, True, False, True),
+    ],
 )
 @pytest.mark.parametrize(
     ("shape", "rows"),
@@ -129,9 +139,9 @@ def peak_of_step(model: GPT, tokens: torch.Tensor, *, autocast: bool, held: bool
     ids=["plain", "grouped", "large vocabulary", "untied"],
 )
 def test_the_forecast_of_a_steps_peak_is_within_two_percent_of_the_tensors_alive(
-    shape, rows, autocast, checkpointing, held, narrow
+    shape, rows, autocast, checkpointing, held, narrow, lean
 ):
-    model = GPT(ModelConfig(**shape))
+    model = GPT(ModelConfig(**shape)).to(torch.bfloat16 if lean else torch.float32)
     model.gradient_checkpointing = checkpointing
     model.logits_chunk_bytes = 96 * 4 * shape["vocab_size"]
     tokens = torch.randint(0, shape["vocab_size"], (rows, 64))
@@ -140,6 +150,7 @@ def test_the_forecast_of_a_steps_peak_is_within_two_percent_of_the_tensors_alive
         micro_batch=rows,
         length=64,
         compute_dtype_bytes=2 if autocast else 4,
+        weight_dtype_bytes=2 if lean else 4,
         gradient_checkpointing=checkpointing,
         logits_chunk_bytes=model.logits_chunk_bytes,
         gradients_held=held,

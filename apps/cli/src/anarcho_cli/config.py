@@ -99,6 +99,10 @@ class RunConfig:
                 f"train.epochs is {self.train.epochs}, but {self.data.name} is streamed and its samples cannot be counted "
                 "before the training; expected train.steps, or data.streaming = false"
             )
+        if self.train.lean and self.lora.rank:
+            raise ConfigError(
+                f"train.lean is true and lora.rank is {self.lora.rank}; an adapter is small as it is: expected one of them"
+            )
         if self.train.neftune_alpha and self.data.kind != "chat":
             raise ConfigError(
                 f"train.neftune_alpha is {self.train.neftune_alpha}, but data.kind is '{self.data.kind}'; expected 0, as this "

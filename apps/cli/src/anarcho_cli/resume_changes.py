@@ -74,6 +74,7 @@ _FLAG = {
         "early_stopping_patience",
         "early_stopping_min_delta",
         "precision",
+        "lean",
         "compile",
         "neftune_alpha",
     ),

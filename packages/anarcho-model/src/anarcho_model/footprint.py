@@ -117,6 +117,7 @@ def training_memory(
     micro_batch: int,
     length: int,
     compute_dtype_bytes: int = 2,
+    weight_dtype_bytes: int = FLOAT,
     gradient_checkpointing: bool = False,
     matrix_optimizer_bytes: int = 4,
     other_optimizer_bytes: int = 8,
@@ -132,12 +133,13 @@ def training_memory(
     device: Literal["cpu", "mps", "cuda"] = "cpu",
     freed_is_returned: bool = False,
 ) -> MemoryForecast:
-    """Forecast the memory of training steps, with float32 weights.
+    """Forecast the memory of training steps.
 
     Args:
         micro_batch: sequences computed at a time.
         length: tokens of a sequence.
         compute_dtype_bytes: 2 for bfloat16 or float16 autocast, 4 for none.
+        weight_dtype_bytes: 4, or 2 for weights of the compute dtype.
         gradient_checkpointing: as the model's attribute.
         matrix_optimizer_bytes: optimizer state per parameter of the blocks' matrices (Muon: 4, AdamW: 8).
         other_optimizer_bytes: optimizer state per parameter of embeddings, output layer and norms (AdamW: 8).
@@ -154,7 +156,8 @@ def training_memory(
         freed_is_returned: on a CPU, whether large freed blocks go back to the system at once.
 
     Raises:
-        ValueError: a size is not positive, `compute_dtype_bytes` is neither 2 nor 4, or the adapter does not fit.
+        ValueError: a size is not positive, `compute_dtype_bytes` is neither 2 nor 4, `weight_dtype_bytes` is neither this nor 4, or the
+            adapter does not fit.
     """
     _check(micro_batch=micro_batch, length=length)
     if logits_chunk_bytes is None:
@@ -163,30 +166,36 @@ def training_memory(
     _check(logits_chunk_bytes=logits_chunk_bytes)
     if compute_dtype_bytes not in (2, FLOAT):
         raise ValueError(f"compute_dtype_bytes is {compute_dtype_bytes}, expected 2 or 4.")
-    tokens, compute = micro_batch * length, compute_dtype_bytes
+    if weight_dtype_bytes not in (compute_dtype_bytes, FLOAT):
+        raise ValueError(f"weight_dtype_bytes is {weight_dtype_bytes}, expected 4 or {compute_dtype_bytes}.")
+    tokens, compute, stored = micro_batch * length, compute_dtype_bytes, weight_dtype_bytes
     lora = adapter if adapter is not None and adapter.rank else None
-    head = FLOAT * config.vocab_size * config.dim
+    narrow = narrow_gradients and not gradients_held
+    gradient = compute if narrow else FLOAT  # a number of a matrix's gradient
+    other_gradient = stored if narrow else FLOAT
+    head = other_gradient * config.vocab_size * config.dim
     matrices = config.num_layers * _block_matrix_parameters(config)
     added = 0 if lora is None else sum(rows * columns for rows, columns in adapter_shapes(config, lora).values())
-    weights = FLOAT * (config.num_parameters + added)
-    stored = compute if narrow_gradients and not gradients_held else FLOAT  # a number of a matrix's gradient
+    weights = stored * (config.num_parameters + added)
     if lora is None:
-        gradients = weights - (FLOAT - stored) * matrices
+        gradients = gradient * matrices + other_gradient * (config.num_parameters - matrices)
         optimizer = matrix_optimizer_bytes * matrices + other_optimizer_bytes * (config.num_parameters - matrices)
     else:
-        gradients = stored * added
+        gradients = gradient * added
         optimizer = (matrix_optimizer_bytes if lora.optimizer == "muon" else other_optimizer_bytes) * added
-    own_copy = head if lora is None else max(head, FLOAT * _target_parameters(config, lora))
+    own_copy = stored * config.vocab_size * config.dim
+    if lora is not None:
+        own_copy = max(own_copy, stored * _target_parameters(config, lora))
     kinds = {"segments": segments, "adapter": lora, "framework": framework, "device": device}
     block = tokens * block_activation_bytes(config, length=length, compute_dtype_bytes=compute, **kinds)
     kept = tokens * FLOAT * config.dim if gradient_checkpointing else block
     fused_norm = device == "cuda" and framework == "torch"
     output = _output_activations(config, tokens=tokens, compute=compute, frozen=lora is not None, fused_norm=fused_norm)
     own_casts = 0 if lora is not None and framework == "mlx" else _block_matrix_parameters(config)
-    casts = compute * (own_casts + added // config.num_layers) if compute != FLOAT else 0
+    casts = compute * (own_casts + added // config.num_layers) if compute != stored else 0
     all_casts = config.num_layers * casts
     tied, trained = config.tie_embeddings, lora is None
-    later = stored * (matrices if trained else added) * (config.num_layers - 1) // config.num_layers
+    later = gradient * (matrices if trained else added) * (config.num_layers - 1) // config.num_layers
     rows = chunk_tokens(tokens, vocab_size=config.vocab_size, chunk_bytes=logits_chunk_bytes)
     forecast = MemoryForecast(
         weights=weights,
@@ -199,13 +208,24 @@ def training_memory(
         recomputed=block - kept + casts if gradient_checkpointing else 0,
         weight_casts=0 if gradient_checkpointing else all_casts,
         forward_casts=0 if gradient_checkpointing else all_casts,
-        forward_chunk=_forward_chunk(config, rows=rows, compute=compute),
+        forward_chunk=_forward_chunk(config, rows=rows, compute=compute, casts=compute != stored),
         vocabulary_chunk=_vocabulary_chunk(
-            config, tokens=tokens, rows=rows, compute=compute, frozen=not trained, widens=device == "cpu"
+            config,
+            tokens=tokens,
+            rows=rows,
+            compute=compute,
+            frozen=not trained,
+            widens=device == "cpu",
+            casts=compute != stored,
         ),
         norm_scratch=tokens * (((2 if fused_norm else 4) * FLOAT - compute) * config.dim - 2 * FLOAT - 16),
         backward_scratch=_backward_scratch(
-            config, tokens=tokens, compute=compute, frozen=not trained, own=0 if gradients_held else stored
+            config,
+            tokens=tokens,
+            compute=compute,
+            frozen=not trained,
+            own=0 if gradients_held else gradient,
+            widens=compute != gradient or compute != stored,
         ),
         head_gradient=head if trained and (tied or not gradients_held) else 0,
         embedding_gradient=head * (gradients_held + tied) if trained else 0,
@@ -311,12 +331,14 @@ def _output_activations(config: ModelConfig, *, tokens: int, compute: int, froze
     return tokens * ((FLOAT + compute) * config.dim + normalised + 2 * FLOAT + ids)
 
 
-def _forward_chunk(config: ModelConfig, *, rows: int, compute: int) -> int:
+def _forward_chunk(config: ModelConfig, *, rows: int, compute: int, casts: bool) -> int:
     chunk, head = rows * config.vocab_size, config.vocab_size * config.dim
-    return FLOAT * chunk if compute == FLOAT else compute * head + (FLOAT + compute) * chunk
+    return FLOAT * chunk if compute == FLOAT else compute * head * casts + (FLOAT + compute) * chunk
 
 
-def _vocabulary_chunk(config: ModelConfig, *, tokens: int, rows: int, compute: int, frozen: bool, widens: bool) -> int:
+def _vocabulary_chunk(
+    config: ModelConfig, *, tokens: int, rows: int, compute: int, frozen: bool, widens: bool, casts: bool
+) -> int:
     """The larger of the last chunk's two moments in the output layer's backward: logits being widened, gradient being multiplied.
 
     Where it ``widens``, the matrix product is copied in float32 before it is added to the gradient, as torch does on a CPU.
@@ -327,10 +349,12 @@ def _vocabulary_chunk(config: ModelConfig, *, tokens: int, rows: int, compute: i
         return gradient + hidden + FLOAT * chunk
     earlier = (tokens - rows) * config.dim * compute
     product = 0 if frozen else (compute + (FLOAT if widens else 0)) * head
-    return gradient + compute * head + max((FLOAT + compute) * chunk + earlier, compute * chunk + hidden + product)
+    return (
+        gradient + compute * head * casts + max((FLOAT + compute) * chunk + earlier, compute * chunk + hidden + product)
+    )
 
 
-def _backward_scratch(config: ModelConfig, *, tokens: int, compute: int, frozen: bool, own: int) -> int:
+def _backward_scratch(config: ModelConfig, *, tokens: int, compute: int, frozen: bool, own: int, widens: bool) -> int:
     """The largest moment of the feed-forward layer's backward, beyond its activations.
 
     These are: the last matrix's gradients; its gradient widened, if it is not float32; and the gradients of both factors beside that of
@@ -339,7 +363,7 @@ def _backward_scratch(config: ModelConfig, *, tokens: int, compute: int, frozen:
     matrix = 0 if frozen else config.dim * config.ffn_size
     product = tokens * compute * config.ffn_size
     cast = tokens * compute * config.dim if compute != FLOAT else 0
-    widened = (compute + FLOAT) * matrix if compute != FLOAT else 0
+    widened = (compute + FLOAT) * matrix if compute != FLOAT and widens else 0
     return tokens * FLOAT * config.dim + max(product + compute * matrix + cast, widened, 2 * product + own * matrix)
 
 

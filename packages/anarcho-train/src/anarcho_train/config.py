@@ -54,7 +54,11 @@ class TrainConfig:
     seed: int = 0
     """Seed of the initial weights and of the order of the data."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Arithmetic of the matrix products; weights, gradients and optimizer state are float32 in any case."""
+    """Arithmetic of the matrix products; weights and optimizer state are float32 in any case but `lean`."""
+    lean: bool = False
+    """Whether weights and optimizer state are bfloat16, too, rounded stochastically: half of their memory, for a somewhat higher loss.
+
+    For one process of PyTorch whose matrix products are bfloat16, and not for an adapter."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Whether the model runs through torch.compile; `auto` compiles where it pays for itself over the run.
 
@@ -99,6 +103,10 @@ class TrainConfig:
         for name in ("eval_every", "checkpoint_every", "early_stopping_patience", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; expected zero or a positive whole number")
+        if self.lean and self.precision not in ("auto", "bfloat16"):
+            raise ValueError(
+                f"train.lean is true and train.precision is {self.precision!r}; expected 'bfloat16' or 'auto'"
+            )
         if self.epochs is not None and not 0 < self.epochs < float("inf"):
             raise ValueError(f"train.epochs is {self.epochs}; expected a positive number, or leave the key out")
         for name in ("grad_clip", "early_stopping_min_delta", "neftune_alpha", "checkpoint_minutes"):

@@ -42,10 +42,12 @@ CACHE_SHARE = 0.5
 
 
 def require_supported(config: RunConfig, device: str) -> None:
-    """Refuses an arithmetic that the device does not have."""
+    """Refuses an arithmetic that the device, or this framework, does not have."""
     import mlx.core as mx
     from anarcho_train.steps.mlx_settings import resolve_precision
 
+    if config.train.lean:
+        raise ValueError("train.lean is true, which MLX does not have; expected false, or --backend torch")
     _use(device)
     resolve_precision(config.train.precision, mx.default_device())
 

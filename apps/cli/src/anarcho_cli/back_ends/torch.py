@@ -35,7 +35,14 @@ def require_supported(config: RunConfig, device: str) -> None:
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         require_devices(device)
-    resolve_precision(config.train.precision, torch.device(device))
+        if config.train.lean:
+            raise ValueError("train.lean is true with several processes; expected false, or one process")
+    precision = resolve_precision(config.train.precision, torch.device(device))
+    if config.train.lean and precision != torch.bfloat16:
+        raise ValueError(
+            f"train.lean is true, but train.precision 'auto' is {precision} on this {device}; "
+            "expected false, or train.precision = 'bfloat16'"
+        )
 
 
 def limit_memory(device: str) -> None:
@@ -64,6 +71,8 @@ def make_step(
     model = GPT(config.model)
     own = RunModel(config=config, tokenizer=tokenizer, base=base, weights=weights, lora=lora, peft=peft)
     own.prepare(model)
+    if config.train.lean:
+        model.to(torch.bfloat16)
     ranks = ranks if isinstance(ranks, TorchRanks) else TorchRanks()
     shards = shared_out(model, config, ranks, device=device) if ranks.size > 1 else None
     if shards is None:
@@ -73,6 +82,8 @@ def make_step(
         own.groups(model, routing=param_groups),
         process_group=None if shards else ranks.computing,
         cuda_scratch_bytes=plan_run(config, device=device).memory.optimizer_scratch or CUDA_SCRATCH_BYTES,
+        state_dtype=torch.bfloat16 if config.train.lean else torch.float32,
+        stochastic_rounding=config.train.lean,
     )
     return TorchStep(
         model,

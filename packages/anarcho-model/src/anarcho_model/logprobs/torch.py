@@ -66,7 +66,9 @@ class _ChunkedLogprobs(torch.autograd.Function):
         hidden_cast, weight_cast = hidden.to(ctx.dtype), weight.to(ctx.dtype)
         grad_output = grad_outputs[0]
         grad_hidden = []
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # an adapter's base is frozen
+        wide = torch.promote_types(weight.dtype, torch.float32)  # what is summed over chunks
+        # an adapter's base is frozen
+        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         for start in range(0, hidden.shape[0], ctx.size):
             rows = slice(start, start + ctx.size)
             part = hidden_cast[rows]
@@ -76,13 +78,14 @@ class _ChunkedLogprobs(torch.autograd.Function):
             grad_hidden.append((grad_logits @ weight_cast).to(hidden.dtype))
             if grad_weight is None:
                 pass
-            elif weight.dtype == ctx.dtype:
+            elif wide == ctx.dtype:
                 grad_weight.addmm_(grad_logits.t(), part)
             elif grad_logits.device.type == "cpu" and torch.compiler.is_compiling():
                 grad_weight += transposed_product(grad_logits, part)
             else:
                 grad_weight += grad_logits.t() @ part
             del grad_logits
+        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         return torch.cat(grad_hidden), grad_weight, None, None, None
 
 

@@ -17,17 +17,18 @@ from torch import Tensor, nn
 class GradientTypes:
     """The element types in which a model's gradients are stored, from one step to the next.
 
-    Only the weights that the model names in ``product_weights()`` may have gradients of ``compute``, and only if ``optimizer`` takes a
-    ``grad_scale``: clipped in place, they would be rounded.
+    Only the weights that the model names in ``product_weights()``, and those that are themselves of the type ``compute``, may have
+    gradients of it, and only if ``optimizer`` takes a ``grad_scale``: clipped in place, they would be rounded.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, compute: torch.dtype) -> None:
-        named: Any = getattr(model, "product_weights", None)
+        named: Any = getattr(model, "product_weights", list)
+        products = {id(weight) for weight in named()}
         takes_scale = getattr(optimizer, "_step_supports_amp_scaling", False)
-        usable = takes_scale and compute == torch.bfloat16
-        self._weights: list[Any] = [p for p in named() if p.dtype == torch.float32] if usable and named else []
+        usable = [p for p in model.parameters() if p.requires_grad and takes_scale and compute == torch.bfloat16]
+        self._weights: list[Any] = [p for p in usable if p.dtype == compute or id(p) in products]
         self._compute = compute
-        self.narrow = False
+        self.narrow: bool | None = None
         """Whether gradients of this step are of the compute type where they may be."""
 
     def begin(self, *, accumulated: bool) -> None:
@@ -37,7 +38,7 @@ class GradientTypes:
             return
         self.narrow = narrow
         for weight in self._weights:
-            weight.grad_dtype = self._compute if narrow else weight.dtype
+            weight.grad_dtype = self._compute if narrow else torch.float32
 
 
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:
