@@ -92,7 +92,7 @@ def test_a_step_goes_on_from_parts_as_from_the_whole(make_step, tmp_path):
     assert bits(other) == bits(step)
 
 
-def rewritten(name: str, change: Callable[[dict, dict], None]) -> Callable[[Path], None]:
+def rewritten(name: str, change: Callable[[dict, dict], object]) -> Callable[[Path], None]:
     """The part with other tensors or notes, in a file that is itself sound."""
 
     def apply(directory: Path) -> None:

@@ -91,12 +91,13 @@ def _schedule(config: RunConfig, number: int) -> StepSchedule:
 
 
 def _throughput(attempt: Attempt, config: RunConfig) -> Throughput:
-    """Measures against the peak of all processes' devices together, which are taken to be alike."""
-    peak = config.monitor.peak_flops or peak_flops(attempt.framework.device_name(attempt.device))
+    """Measures against the peaks of all processes' devices together; where one is not known, against nothing."""
+    own = config.monitor.peak_flops or peak_flops(attempt.framework.device_name(attempt.device))
+    peaks = attempt.ranks.gathered([own or 0.0])
     return Throughput(
         total_steps=config.train.steps,
         flops_per_token=config.flops_per_token,
-        peak_flops=None if peak is None else peak * attempt.ranks.size,
+        peak_flops=float(peaks.sum()) if peaks.all() else None,
     )
 
 

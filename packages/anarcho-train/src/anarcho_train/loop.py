@@ -32,6 +32,7 @@ from anarcho_train.micro_batch import MicroBatches, largest_fitting
 from anarcho_train.out_of_memory import OutOfMemory
 from anarcho_train.progress import Progress, TrainResult
 from anarcho_train.rank_faults import RankFaults
+from anarcho_train.rank_speeds import RankSpeeds
 from anarcho_train.ranks import DONE, Alone, RankFailed, RankLost, Ranks, Turn, mark_known, share
 from anarcho_train.recovery import Recovery, RecoveryConfig
 from anarcho_train.signals import StopSignal
@@ -109,7 +110,7 @@ class Loop:
         self._losses, self._others = LossFaults(self), RankFaults(self)
         self._agreed_stop: int | None = None
         self._own: list[Batch] = []
-        self._tokens, self._saving = 0, DONE
+        self._tokens, self._saving, self._speeds = 0, DONE, RankSpeeds()
 
     @property
     def micro_batch(self) -> str:
@@ -207,6 +208,8 @@ class Loop:
         with self.throughput.waiting():
             while (turn := self._turn(stop)).state == "waiting" and not turn.stop:
                 time.sleep(WAIT_SECONDS)
+        if slow := self._speeds.take(turn.seconds, self.ranks):
+            self.event(slow, fault="straggler")
         self._agreed_stop, self._tokens, self._saving = turn.stop, turn.tokens, turn.saving
         self._announce()
         if turn.state == "ended" and not turn.stop:
@@ -218,12 +221,20 @@ class Loop:
         state, error = "ready", None
         if not stop.requested:
             try:
-                state = self.batches.state(self.policies.first_sample(self.progress.result.step), self._per_step)
-                self._own = self._read_step() if state == "ready" else []
+                with self._speeds.reading():
+                    state = self.batches.state(self.policies.first_sample(self.progress.result.step), self._per_step)
+                    self._own = self._read_step() if state == "ready" else []
             except (ValueError, OSError) as failure:
                 state, error = "failed", failure
         tokens = sum(batch.tokens.size for batch in self._own)
-        turn = Turn.agreed(self.ranks, stop=stop.number, state=state, tokens=tokens, saving=self.saving.state)
+        turn = Turn.agreed(
+            self.ranks,
+            stop=stop.number,
+            state=state,
+            tokens=tokens,
+            saving=self.saving.state,
+            seconds=self._speeds.to_tell(),
+        )
         if turn.state == "failed":
             self.saving.save(planned=False)
             failure = error or RankFailed("another process of this run cannot read its data; its own message says why")
@@ -258,7 +269,8 @@ class Loop:
         )
         while True:
             try:
-                metrics = self.step.train(self._own, schedule=schedule)
+                with self._speeds.stepping(self.ranks):
+                    metrics = self.step.train(self._own, schedule=schedule)
                 break
             except OutOfMemory as error:
                 self.progress.whole = not error.torn
@@ -285,7 +297,8 @@ class Loop:
         measures = {
             name: sum(metrics.measures[name] for metrics in unreported) / len(unreported) for name in last.measures
         }
-        self.write("train", **values, **measures, **rates, **self.throughput.metrics(), **self.gauges())
+        speeds = self.throughput.metrics() | self._speeds.metrics()
+        self.write("train", **values, **measures, **rates, **speeds, **self.gauges())
 
     def _announce(self) -> None:
         while self.announcements:

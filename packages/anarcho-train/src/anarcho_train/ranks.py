@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -65,6 +65,11 @@ class Ranks(Protocol):
         """How many there are."""
         ...
 
+    @property
+    def waited_seconds(self) -> float:
+        """How long this rank has waited for others since it began, as far as it knows."""
+        ...
+
     def gathered(self, values: Sequence[float]) -> np.ndarray:
         """Each rank's values, float64 (ranks, values), exact to the last bit and the same everywhere; raises `RankLost`."""
         ...
@@ -75,6 +80,7 @@ class Alone:
 
     rank = 0
     size = 1
+    waited_seconds = 0.0
 
     def gathered(self, values: Sequence[float]) -> np.ndarray:
         """Its own values, float64 (1, values)."""
@@ -93,17 +99,29 @@ class Turn:
     """Tokens of the step, over all ranks."""
     saving: float = DONE
     """`DONE`, `BUSY` or `FAILED`: how far all ranks are with the checkpoint that they write."""
+    seconds: tuple[tuple[float, float], ...] = field(default=(), compare=False)
+    """Of each rank's last step, and of waiting for its data."""
 
     @classmethod
-    def agreed(cls, ranks: Ranks, *, stop: int | None, state: str, tokens: int, saving: float = DONE) -> Turn:
+    def agreed(
+        cls,
+        ranks: Ranks,
+        *,
+        stop: int | None,
+        state: str,
+        tokens: int,
+        saving: float = DONE,
+        seconds: tuple[float, float] = (0.0, 0.0),
+    ) -> Turn:
         """Made of what each rank says, in one exchange."""
-        told = ranks.gathered([stop or 0, _STATES.index(state), tokens, saving])
+        told = ranks.gathered([stop or 0, _STATES.index(state), tokens, saving, *seconds])
         number, state_number = (int(value) for value in told[:, :2].max(axis=0))
         return cls(
             stop=number or None,
             state=_STATES[state_number],
             tokens=int(told[:, 2].sum()),
             saving=agreed_state(told[:, 3]),
+            seconds=tuple((float(step), float(data)) for step, data in told[:, 4:]),
         )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -47,6 +48,8 @@ class MlxRanks:
         self._group = group
         self.rank = group.rank() if group else 0
         self.size = group.size() if group else 1
+        self.waited_seconds = 0.0
+        """How long this rank has waited for others."""
         self._timeout = timeout_seconds
         self._lost: str | None = None
         self._work: queue.SimpleQueue[tuple[Callable[[], mx.array], queue.SimpleQueue[Any]]] = queue.SimpleQueue()
@@ -89,11 +92,14 @@ class MlxRanks:
         if self._lost is not None:
             raise RankLost(self._lost)
         reply: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        begin = time.monotonic()
         self._work.put((work, reply))
         try:
             outcome = reply.get(timeout=self._timeout)
         except queue.Empty:
             raise self._loss(f"it did not answer for {self._timeout:g} seconds") from None
+        finally:
+            self.waited_seconds += time.monotonic() - begin
         if isinstance(outcome, RuntimeError) and str(outcome).startswith(_TRANSPORTS):
             raise self._loss(str(outcome)) from outcome
         if isinstance(outcome, BaseException):

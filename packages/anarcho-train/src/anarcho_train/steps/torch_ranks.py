@@ -12,6 +12,7 @@ at which the others are about to exchange anything.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -51,6 +52,8 @@ class TorchRanks:
         """The group of what is computed, when `join_devices` has made it."""
         self.is_torn: Callable[[], bool] = lambda: False
         """Asked where a process is lost: whether what this one holds is no state that can be saved."""
+        self.waited_seconds = 0.0
+        """How long this rank has waited for others; whoever waits in another way adds to it."""
         self._timeout = timeout_seconds
         self._lost: RankLost | None = None
         self._lock = threading.Lock()
@@ -101,9 +104,10 @@ class TorchRanks:
         """
         if self.size == 1:
             return numbers
-        total = numbers.double()
+        total, begin = numbers.double(), time.monotonic()
         with self.watched():
             dist.all_reduce(total, group=self.computing if group is None else group)
+        self.waited_seconds += time.monotonic() - begin
         return total
 
     def help_with(self, helpers: Mapping[int, Callable[[], None]]) -> None:
@@ -152,10 +156,13 @@ class TorchRanks:
             raise self._lost
         own = torch.from_numpy(numbers)
         found = [torch.empty_like(own) for _ in range(self.size)]
+        begin = time.monotonic()
         try:
             dist.all_gather(found, own, group=self._control)
         except RuntimeError as error:
             raise self._loss(str(error)) from error
+        finally:
+            self.waited_seconds += time.monotonic() - begin
         return torch.stack(found).numpy()
 
     def _loss(self, text: str) -> RankLost:

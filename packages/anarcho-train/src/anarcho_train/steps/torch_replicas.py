@@ -21,6 +21,7 @@ from anarcho_train.steps.files import OPTIMIZER_FILE
 from anarcho_train.steps.torch_files import StateFile
 from anarcho_train.steps.torch_ranks import TorchRanks
 from anarcho_train.steps.torch_state import own_part
+from anarcho_train.steps.torch_waiting import Waited
 
 
 class Replicas:
@@ -32,7 +33,7 @@ class Replicas:
     def __init__(self, model: nn.Module, ranks: TorchRanks, *, logprobs: Callable[..., Tensor]) -> None:
         """``logprobs`` is what trains ``model``, however it is compiled."""
         self._model, self._ranks, self._logprobs = model, ranks, logprobs
-        self._sent = 0
+        self._sent, self._waited = 0, Waited(next(model.parameters()).device)
         self._averaged: DistributedDataParallel | None = None
 
     def compiled(self, logprobs: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -80,6 +81,8 @@ class Replicas:
             if self._averaged is not None and is_out_of_memory(error):
                 self._send_zeros(self._averaged)
             raise
+        if self._averaged is not None:
+            self._ranks.waited_seconds += self._waited.end()
 
     def evaluating(self) -> AbstractContextManager[None]:
         """A forward pass that is nobody else's business."""
@@ -131,6 +134,7 @@ class Replicas:
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
         self._sent += 1
+        self._waited.mark()
         return allreduce_hook(group, bucket)
 
     def _send_zeros(self, averaged: DistributedDataParallel) -> None:

@@ -1,8 +1,9 @@
-"""What a CUDA device has done of what it was given, asked without waiting for more than that."""
+"""What a device has done of what it was given, and how long it has waited for others, asked without waiting for more than that."""
 
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,39 @@ class Done:
                 return False
             time.sleep(0.01)
         return True
+
+
+class Waited:
+    """Seconds from what a process does last by itself, in an exchange with others, until it has what they sent."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._begin: Any = None
+        self._measured: tuple[Any, Any] | None = None
+
+    def mark(self) -> None:
+        """So far, this process has done everything by itself; the last call counts."""
+        self._begin = self._now()
+
+    def end(self) -> float:
+        """The exchange is over. Returns its seconds, on CUDA those of the one before, which the device has surely done."""
+        before, self._measured = self._measured, None if self._begin is None else (self._begin, self._now())
+        self._begin = None
+        if not self._cuda:
+            before = self._measured
+        if before is None:
+            return 0.0
+        begin, end = before
+        if not self._cuda:
+            return end - begin
+        return begin.elapsed_time(end) / 1000 if begin.query() and end.query() else 0.0
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 class Later:
