@@ -100,3 +100,27 @@ assert not lazy & sys.modules.keys(), "a step on one CPU loads what is for sever
 def test_imports_load_neither_dtensor_nor_a_compiler_nor_triton():
     result = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+WITHOUT_COMPILER = """
+import sys, torch
+from anarcho_optim.torch import MuonAdamW
+
+weights = [torch.nn.Parameter(torch.ones(8, 8)), torch.nn.Parameter(torch.ones(8))]
+optimizer = MuonAdamW([{"params": weights[:1], "algorithm": "muon"}, {"params": weights[1:], "algorithm": "adamw"}])
+for _ in range(2):
+    sum(weight.square().sum() for weight in weights).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+assert weights[0].grad is None and float(weights[1][0].detach()) < 1
+assert "torch._dynamo" not in sys.modules, "the compiler was loaded"
+torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
+sum(weight.square().sum() for weight in weights).backward()
+optimizer.step()
+optimizer.zero_grad()
+"""
+
+
+def test_a_program_that_compiles_nothing_does_not_load_the_compiler():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_COMPILER], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -20,7 +20,7 @@ from anarcho_cli.output import bytes_text, count_text
 
 FLOAT32_BYTES = 4
 
-LIBRARY_BYTES, CUDA_LIBRARY_BYTES = 445 * 2**20, 305 * 2**20
+LIBRARY_BYTES, CUDA_LIBRARY_BYTES = 295 * 2**20, 305 * 2**20
 """Resident memory of Python with PyTorch, its optimizer modules and the rest, without the tensors, and what PyTorch built for CUDA adds to
 it on a CPU, too. Measured on Linux: the peak of steps less the tensors that were alive then was 780 to 800 MB in twelve configurations."""
 MPS_LIBRARY_BYTES = 850 * 2**20
@@ -29,7 +29,7 @@ CUDA_WORKSPACE_BYTES = 64 * 2**20
 """What cuBLAS works in, taken from the device's allocator: on an H100, steps of most models took so much beside their tensors."""
 MLX_LIBRARY_BYTES = 100 * 2**20
 """The same of Python with MLX, whose compiled functions are small; measured on Linux."""
-COMPILER_BYTES = 350 * 2**20
+COMPILER_BYTES = 500 * 2**20
 """What torch.compile adds to it; measured on Linux with the reference model."""
 
 

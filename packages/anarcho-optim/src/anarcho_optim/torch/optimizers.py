@@ -31,6 +31,7 @@ from anarcho_optim.memory import CUDA_SCRATCH_BYTES, batch_bytes
 from anarcho_optim.torch import fused
 from anarcho_optim.torch.matrices import Matrix, layout, local, local_gradient, num_owners, update_matrices
 from anarcho_optim.torch.state import MOMENTS, check_gradients, check_member, fresh_state, matched_states, member_names
+from anarcho_optim.torch.uncompiled import uncompiled, unguarded
 from anarcho_optim.torch.vectors import Vector, update_vectors
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ class MuonAdamW(torch.optim.Optimizer):
             blocks(p.shape, options, where=name) if options["algorithm"] == "muon" else None
             for name, p in zip(names, parameters, strict=True)
         ]
-        super().add_param_group(param_group | {"params": members})
+        unguarded(super().add_param_group)(param_group | {"params": members})
         for parameter, cut in zip(parameters, cuts, strict=True):
             self.state[parameter].update(fresh_state(parameter, cut, options, dtype=self._state_dtype))
 
@@ -154,8 +155,11 @@ class MuonAdamW(torch.optim.Optimizer):
         self._update()
         return loss
 
-    # torch.compiler.disable is the public name, but it loads the compiler already here.
-    @torch._disable_dynamo
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's."""
+        unguarded(super().zero_grad)(set_to_none)
+
+    @uncompiled
     def _update(self) -> None:
         check_gradients(self.param_groups)
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
