@@ -99,6 +99,11 @@ def test_memory_that_runs_out_in_one_rank_is_known_to_both_and_the_step_can_be_t
     assert all(found.endswith("torn False") for found in failed)
 
 
+def test_what_a_rank_waits_for_a_slow_one_is_not_among_its_own_seconds(outcomes):
+    fast, slow = (outcomes[2, rank]["slowness"][1:] for rank in (0, 1))  # The first step makes what later ones have.
+    assert min(fast) < 0.5 * min(slow), "it has waited for the slow one's backward pass in every step"
+
+
 def test_an_exchange_without_an_answer_ends_after_the_timeout_and_every_later_one_at_once(outcomes):
     found = outcomes[2, 0]["silence"]
     assert len(found["messages"]) == 2

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from anarcho_train import OutOfMemory, RankLost, StepSchedule, TrainConfig
 from anarcho_train.steps import torch_shards
+from anarcho_train.rank_speeds import RankSpeeds
 from anarcho_train.steps.torch import TorchStep
 from anarcho_train.steps.torch_ranks import TorchRanks
 from torch import nn
@@ -28,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 RANK = "__torch_rank__"
 MICRO = 2
 SILENT_SECONDS = 1.0
+SLOW_SECONDS = 0.2
 
 
 class Layers(nn.Module):
@@ -179,6 +181,20 @@ def train_in_bfloat16(ranks: TorchRanks) -> dict[str, Any]:
     return {"steps": found, "sent": sent, "types": sorted(set(types))}
 
 
+def slowness(ranks: TorchRanks) -> list[float]:
+    """This rank's own seconds of steps in whose last backward pass the last rank is slow."""
+    step, speeds = make_step(ranks), RankSpeeds()
+    model: Any = step.model
+    if ranks.rank == ranks.size - 1:
+        model.fails = lambda: time.sleep(SLOW_SECONDS)
+    found = []
+    for number in range(4):
+        with speeds.stepping(ranks):
+            step.train(share(number, ranks, micro=4), schedule=StepSchedule(lr_scale=1.0, number=number))
+        found.append(speeds.to_tell()[0])
+    return found
+
+
 def silence(rank: int) -> dict[str, Any]:
     """Rank 1 says nothing for longer than rank 0 waits; every later exchange of rank 0 fails at once."""
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=SILENT_SECONDS))
@@ -217,7 +233,7 @@ def main(rank: int, size: int, directory: str) -> None:
         )
         ranks = TorchRanks(dist.group.WORLD, timeout_seconds=30)
         if size == 2:
-            outcome = {"trained": train(ranks), "silence": silence(rank)}
+            outcome = {"trained": train(ranks), "slowness": slowness(ranks), "silence": silence(rank)}
         else:
             cases = [(replicas, held) for replicas in (1, 2) for held in (True, False)]
             outcome: dict[str, Any] = {
