@@ -19,8 +19,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from anarcho_train import OutOfMemory, RankLost, StepSchedule, TrainConfig
-from anarcho_train.steps import torch_shards
 from anarcho_train.rank_speeds import RankSpeeds
+from anarcho_train.steps import torch_shards
 from anarcho_train.steps.torch import TorchStep
 from anarcho_train.steps.torch_ranks import TorchRanks
 from torch import nn
