@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -38,8 +39,8 @@ def in_parts(directory: Path, state: dict[str, np.ndarray], count: int) -> None:
             if array.ndim == 0 and number == 0:
                 tensors[name] = array
             elif first < rows:
-                tensors[name], notes[name] = array[first : first + chunk], rows_note(first, rows)
-        save_file(tensors, directory / part_name(number, count), metadata=notes or None)
+                tensors[name], notes[name] = array[first : first + chunk], (first, rows)
+        save_file(tensors, directory / part_name(number, count), metadata=rows_note(notes))
 
 
 def opened(directory: Path) -> StoredState:
@@ -97,10 +98,10 @@ def rewritten(name: str, change: Callable[[dict, dict], object]) -> Callable[[Pa
 
     def apply(directory: Path) -> None:
         with safe_open(directory / name, framework="np") as file:
-            notes = dict(file.metadata())
+            notes = json.loads(file.metadata()["rows"])
         tensors = load_file(directory / name)
         change(tensors, notes)
-        save_file(tensors, directory / name, metadata=notes)
+        save_file(tensors, directory / name, metadata={"rows": json.dumps(notes)})
 
     return apply
 
@@ -128,11 +129,11 @@ DAMAGE = {
         r"is there beside optimizer-00001-of-00003.safetensors",
     ),
     "a gap": (
-        rewritten(SECOND, lambda tensors, notes: notes.update({MOMENTUM: "4 of 7"})),
+        rewritten(SECOND, lambda tensors, notes: notes.update({MOMENTUM: [4, 7]})),
         rf"{SECOND} holds {MOMENTUM} from row 4; expected 3",
     ),
     "an overlap": (
-        rewritten(SECOND, lambda tensors, notes: notes.update({MOMENTUM: "2 of 7"})),
+        rewritten(SECOND, lambda tensors, notes: notes.update({MOMENTUM: [2, 7]})),
         rf"{SECOND} holds {MOMENTUM} from row 2; expected 3",
     ),
     "the last rows missing": (
@@ -140,11 +141,11 @@ DAMAGE = {
         rf"{SECOND} ends {MOMENTUM} with row 6; expected 7",
     ),
     "rows beyond the end": (
-        rewritten(LAST, lambda tensors, notes: notes.update({MOMENTUM: "7 of 7"})),
+        rewritten(LAST, lambda tensors, notes: notes.update({MOMENTUM: [7, 7]})),
         rf"{LAST} holds rows 7 to 8 of {MOMENTUM}, which has 7",
     ),
     "another number of rows": (
-        rewritten(LAST, lambda tensors, notes: notes.update({MOMENTUM: "6 of 9"})),
+        rewritten(LAST, lambda tensors, notes: notes.update({MOMENTUM: [6, 9]})),
         rf"{LAST} holds {MOMENTUM} as rows of shape \(9, 5\); expected \(7, 5\)",
     ),
     "another width": (
@@ -156,16 +157,36 @@ DAMAGE = {
         rf"{LAST} holds layer.bias.step, as does {FIRST}",
     ),
     "rows of a scalar": (
-        rewritten(FIRST, lambda tensors, notes: notes.update({"layer.bias.step": "0 of 1"})),
-        rf"{FIRST} says '0 of 1' of layer.bias.step",
+        rewritten(FIRST, lambda tensors, notes: notes.update({"layer.bias.step": [0, 1]})),
+        rf"{FIRST} says \[0, 1\] of layer.bias.step",
     ),
     "a note that is none": (
-        rewritten(SECOND, lambda tensors, notes: notes.update({MOMENTUM: "-3 of 7"})),
-        rf"{SECOND} says '-3 of 7' of {MOMENTUM}; expected '<first row> of <rows>'",
+        rewritten(SECOND, lambda tensors, notes: notes.update({MOMENTUM: [-3, 7]})),
+        rf"{SECOND} says \[-3, 7\] of {MOMENTUM}; expected \[first row, rows of the whole\]",
+    ),
+    "a note of three numbers": (
+        rewritten(SECOND, lambda tensors, notes: notes.update({MOMENTUM: [3, 7, 7]})),
+        rf"{SECOND} says \[3, 7, 7\] of {MOMENTUM}",
+    ),
+    "a note that is no list": (
+        rewritten(SECOND, lambda tensors, notes: notes.update({MOMENTUM: {"first": 3}})),
+        rf"{SECOND} says .'first': 3. of {MOMENTUM}",
+    ),
+    "notes that are no JSON": (
+        lambda d: save_file(load_file(d / SECOND), d / SECOND, metadata={"rows": "["}),
+        rf"{SECOND} does not say which rows it holds",
+    ),
+    "notes that are a list": (
+        lambda d: save_file(load_file(d / SECOND), d / SECOND, metadata={"rows": "[1]"}),
+        rf"{SECOND} does not say which rows it holds",
+    ),
+    "notes nested beyond recursion": (
+        lambda d: save_file(load_file(d / SECOND), d / SECOND, metadata={"rows": "[" * 10**6}),
+        rf"{SECOND} does not say which rows it holds",
     ),
     "rows beyond all numbers": (
-        rewritten(SECOND, lambda tensors, notes: notes.update({MOMENTUM: f"3 of {10**30}"})),
-        rf"{SECOND} says '3 of 10+' of {MOMENTUM}",
+        rewritten(SECOND, lambda tensors, notes: notes.update({MOMENTUM: [3, 10**30]})),
+        rf"{SECOND} says \[3, 10+\] of {MOMENTUM}",
     ),
     "a hostile header": (lambda d: (d / SECOND).write_bytes((2**62).to_bytes(8, "little") + b"{}"), rf"{SECOND} is no"),
     "a file of nothing": (lambda d: (d / SECOND).write_bytes(b""), rf"{SECOND} is no safetensors file"),

@@ -1,17 +1,19 @@
 """Where the optimizer's state lies in a checkpoint: in one file, or in parts that as many processes have written.
 
 Notable: a part is ``optimizer-00002-of-00004.safetensors``. It holds rows (along the first dimension) of tensors, under their own names;
-its metadata says of each name ``<first row> of <rows of the whole>``. A tensor without such a note is whole. All of that is judged from
-headers alone, before a library opens a file: the parts of a tensor must be of one shape and follow one another from its first row to its
-last, without a gap or an overlap.
+the text ``rows`` of its metadata is JSON, {name: [first row, rows of the whole]}: one text, because safetensors writes several in any
+order. A tensor without such a note is whole. All of that is judged from headers alone, before a library opens a file: the parts of a
+tensor must be of one shape and follow one another from its first row to its last, without a gap or an overlap.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from anarcho_train.tensor_header import HeaderError, read_header
 
@@ -19,7 +21,7 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 """The whole state: ``<parameter>.<state>``, such as ``model.norm.weight.exp_avg``."""
 
 _PART = re.compile(r"optimizer-(\d{5})-of-(\d{5})\.safetensors")
-_ROWS = re.compile(r"(\d{1,18}) of (\d{1,18})")
+_ROWS = "rows"
 _ADVICE = "put the checkpoint's own files back, or remove it to go on from the one before"
 
 
@@ -53,9 +55,9 @@ def part_name(number: int, count: int) -> str:
     return f"optimizer-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
-def rows_note(first: int, rows: int) -> str:
-    """What a part's metadata says of a tensor that begins with row ``first`` of ``rows``."""
-    return f"{first} of {rows}"
+def rows_note(rows: Mapping[str, tuple[int, int]]) -> dict[str, str] | None:
+    """The metadata of a part, of {tensor: (its first row, rows of the whole)}."""
+    return {_ROWS: json.dumps(rows, sort_keys=True)} if rows else None
 
 
 def layout_problem(directory: Path) -> str | None:
@@ -109,18 +111,29 @@ def _pieces(path: Path) -> dict[str, tuple[Piece, tuple[int, ...]]]:
         header = read_header(path)
     except HeaderError as error:
         raise LayoutError(f"{path} {error}; {_ADVICE}") from None
-    notes = header.metadata if _PART.fullmatch(path.name) else {}
+    notes = _notes(path, header.metadata) if _PART.fullmatch(path.name) else {}
     return {name: _piece(path, name, shape, notes) for name, shape in header.shapes.items()}
 
 
-def _piece(path: Path, name: str, shape: tuple[int, ...], notes: Mapping[str, str]) -> tuple[Piece, tuple[int, ...]]:
+def _notes(path: Path, metadata: Mapping[str, str]) -> Mapping[str, Any]:
+    try:
+        notes = json.loads(metadata.get(_ROWS, "{}"))
+    except (ValueError, RecursionError):
+        notes = None
+    if not isinstance(notes, dict):
+        raise LayoutError(f"{path} does not say which rows it holds; expected a JSON object in its metadata: {_ADVICE}")
+    return notes
+
+
+def _piece(path: Path, name: str, shape: tuple[int, ...], notes: Mapping[str, Any]) -> tuple[Piece, tuple[int, ...]]:
     count = shape[0] if shape else 0
     if name not in notes:
         return Piece(path=path, first=0, count=count), shape
-    match = _ROWS.fullmatch(notes[name])
-    if match is None or not shape:
-        raise LayoutError(f"{path} says {notes[name][:40]!r} of {name}; expected '<first row> of <rows>': {_ADVICE}")
-    first, rows = int(match[1]), int(match[2])
+    note = notes[name]
+    numbers = isinstance(note, list) and all(type(number) is int and 0 <= number < 2**63 for number in note)
+    if not (numbers and len(note) == 2 and shape):
+        raise LayoutError(f"{path} says {str(note)[:40]} of {name}; expected [first row, rows of the whole]: {_ADVICE}")
+    first, rows = note
     if first + count > rows:
         raise LayoutError(f"{path} holds rows {first} to {first + count} of {name}, which has {rows}: {_ADVICE}")
     return Piece(path=path, first=first, count=count), (rows, *shape[1:])

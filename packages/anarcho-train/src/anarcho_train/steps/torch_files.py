@@ -32,7 +32,7 @@ class StateFile:
     tensors: dict[str, Tensor]
     """In the host's memory."""
     notes: dict[str, str] | None = None
-    """Which rows they are, of a part."""
+    """Metadata that say which rows they are, of a part."""
 
 
 class Parts(Protocol):
@@ -145,7 +145,7 @@ class StateFiles:
 def _save(file: StateFile, directory: Path) -> None:
     with _disk_errors(directory):
         # Of no tensors and no notes, safetensors 0.8 would write a header that is no JSON.
-        save_file(file.tensors, directory / file.name, metadata=file.notes or None)
+        save_file(file.tensors, directory / file.name, metadata=file.notes)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ Notable:
   computes some without counting them, and who has none helps (`TorchRanks.together`).
 * Under bfloat16, the matrices of blocks travel in it, which halves what is gathered; they are what autocast would make of them. Gradients
   are summed in float32, and norms, residual stream and embedding are float32 as in one process.
+* A rank whose memory runs out hands over zeros for what is left of a step, which all of them then drop (`steps.torch_exchanges`).
 * Between the micro-batches of a step, whole gradients stay where they are while they are small beside the device's memory: then they travel
   once. Larger ones are shared out each time.
 * The model's files are written whole: one tensor at a time is gathered on the device, and rank 0 alone keeps it, in the host's memory.
@@ -30,9 +31,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from anarcho_train.optimizer_layout import part_name
+from anarcho_train.optimizer_layout import part_name, rows_note
 from anarcho_train.out_of_memory import is_out_of_memory, reason
 from anarcho_train.steps.agreement import agreed_memory
+from anarcho_train.steps.torch_exchanges import Exchanges
 from anarcho_train.steps.torch_files import StateFile
 from anarcho_train.steps.torch_ranks import TorchRanks
 from anarcho_train.steps.torch_state import own_part
@@ -72,10 +74,13 @@ class Shards:
         self._holds_gradients = gradient_bytes <= HELD_GRADIENTS_SHARE * _memory_bytes(device)
         mesh = _mesh(ranks, device, replicas=replicas)
         self._sharing = mesh.get_group(mesh.ndim - 1)
+        across = mesh.get_group(0) if replicas > 1 else None
         with ranks.watched():
             for block in self._blocks:
                 fully_shard(block, mesh=mesh, mp_policy=_block_policy(compute))
             fully_shard(model, mesh=mesh)
+        self._exchanges = Exchanges(model, [*self._blocks, model], across=across)
+        self._in_last_backward = False
         own: Any = model.token_logprobs
         # What leaves the model must be no view: hooks are on the tensor itself.
         model.token_logprobs = lambda *tensors, **named: own(*tensors, **named).clone()  # type: ignore[assignment]
@@ -104,6 +109,9 @@ class Shards:
 
     def padded(self, micro_batches: Sequence[Any], most: int) -> list[tuple[Any, float]]:
         """As many micro-batches as any rank has, each with what its loss counts; the last one is a real one."""
+        self._learn_exchanges()
+        self._exchanges.begin_step(micro_batches=most)
+        self._in_last_backward = False
         missing = most - len(micro_batches)
         return [(micro_batches[0], 0.0)] * missing + [(batch, 1.0) for batch in micro_batches]
 
@@ -113,8 +121,8 @@ class Shards:
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
-        """Memory that runs out in the block in all ranks alike is known to all at its end; one that is alone with it has to leave."""
-        with agreed_memory(self._ranks):
+        """Memory that runs out in the block is known to all ranks at its end, to which one without memory does its part with zeros."""
+        with agreed_memory(self._ranks), self._keeping_up():
             yield
 
     @contextmanager
@@ -130,22 +138,28 @@ class Shards:
     @contextmanager
     def exchanging(self) -> Iterator[None]:
         """The last backward pass, after which each rank has its part of the mean of all gradients."""
+        self._in_last_backward = True
         yield
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """A forward pass in which the others take part."""
         with self._ranks.together(FORWARD):
+            self._exchanges.begin_forward()
+            self._in_last_backward = False
             try:
-                yield
+                with self._keeping_up():
+                    yield
             except Exception as error:
                 if is_out_of_memory(error):
-                    raise self._ranks.abandon(_left(reason(error))) from None
+                    self._exchanges.forget()
                 raise
-            self._put_away()
+            finally:
+                self._put_away()
 
     def renew(self) -> None:
-        """Begins anew after a step that was broken off by all alike."""
+        """Begins anew after a step that was broken off by all."""
+        self._exchanges.forget()
         self._put_away()
 
     def whole_model(self) -> nn.Module:
@@ -162,7 +176,7 @@ class Shards:
     def state_file(self, tensors: Mapping[str, Tensor], *, copy: bool) -> StateFile:
         """What this process has of the optimizer's tensors, in the host's memory."""
         found, notes = own_part(tensors, first_process=self.writes_all, copy=copy)
-        return StateFile(name=part_name(self._ranks.rank, self._ranks.size), tensors=found, notes=notes)
+        return StateFile(name=part_name(self._ranks.rank, self._ranks.size), tensors=found, notes=rows_note(notes))
 
     @torch.no_grad()
     def change(self, change: Callable[[nn.Module], None]) -> None:
@@ -207,12 +221,44 @@ class Shards:
 
     @torch.no_grad()
     def _forward_for_others(self) -> None:
+        self._forward_of_one_token()
+        self._put_away()
+
+    def _forward_of_one_token(self) -> Tensor:
         device = next(self._model.parameters()).device
         token = torch.zeros((1, 1), dtype=torch.long, device=device)
         narrow = torch.autocast(device.type, dtype=self._compute, enabled=self._compute != torch.float32)
         with torch.compiler.set_stance("force_eager"), narrow:
-            self(token, token)
-        self._put_away()
+            return self(token, token)
+
+    def _learn_exchanges(self) -> None:
+        """Before the first step: all ranks pass one token without a loss."""
+        if self._exchanges.learned:
+            return
+        self._exchanges.learn(lambda: 0.0 * self._forward_of_one_token().sum(), local=self.local)
+        for parameter in self._model.parameters():
+            parameter.grad = None
+
+    @contextmanager
+    def _keeping_up(self) -> Iterator[None]:
+        """A rank that finds no memory in the block does its part of what the others exchange in it, or leaves where it cannot."""
+        try:
+            yield
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            what = reason(error)
+            if not self._does_the_rest():
+                raise self._ranks.abandon(_left(what)) from None
+            raise
+
+    def _does_the_rest(self) -> bool:
+        try:
+            return self._exchanges.finish(last=self._in_last_backward)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
 
 
 def _block_policy(compute: torch.dtype) -> MixedPrecisionPolicy:

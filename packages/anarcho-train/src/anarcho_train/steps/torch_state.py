@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, TypeGuard
 import torch
 from torch import Tensor
 
-from anarcho_train.optimizer_layout import rows_note
 from anarcho_train.steps.stored_state import StoredState, stored_state
 
 if TYPE_CHECKING:
@@ -37,17 +36,17 @@ def rows_of(tensor: Tensor) -> range | None:
 
 def own_part(
     tensors: Mapping[str, Tensor], *, first_process: bool, copy: bool
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What this process writes of the state, contiguous in the host's memory, and the notes on rows beside it."""
+) -> tuple[dict[str, Tensor], dict[str, tuple[int, int]]]:
+    """What this process writes of the state, contiguous in the host's memory; of rows, which is the first and how many there are."""
     found: dict[str, Tensor] = {}
-    notes: dict[str, str] = {}
+    notes: dict[str, tuple[int, int]] = {}
     for name, tensor in tensors.items():
         if not _writes(tensor, first_process=first_process):
             continue
         own = tensor.to_local() if _is_shared(tensor) else tensor
         found[name] = own.detach().to("cpu", copy=copy).contiguous()
         if rows := rows_of(tensor):
-            notes[name] = rows_note(rows.start, tensor.shape[0])
+            notes[name] = (rows.start, tensor.shape[0])
     return found, notes
 
 
