@@ -79,6 +79,15 @@ def test_four_ranks_with_shards_of_a_model_or_of_its_replicas_make_the_updates_o
     assert found["weights"] == pytest.approx(alone["weights"], rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("held", [True, False])
+def test_memory_that_runs_out_in_one_rank_with_shards_is_known_to_all_wherever_it_did(outcomes, replicas, held):
+    """In the first or last micro-batch, between what is gathered in forward or shared out in backward; the steps after it are compared."""
+    told = [outcomes[4, rank][f"{replicas}-{held}"]["told"] for rank in range(4)]
+    assert told[:3] == [["another process of the run, torn False"] * 4] * 3
+    assert all(found.startswith("DefaultCPUAllocator: can't allocate memory") for found in told[3])
+
+
 def test_shards_of_a_model_in_bfloat16_gather_its_matrices_in_it_and_sum_gradients_in_float32(outcomes):
     alone, found = outcomes[1, 0]["bfloat16"], outcomes[4, 0]["bfloat16"]
     for ours, theirs in zip(found["steps"], alone["steps"], strict=True):

@@ -42,12 +42,17 @@ class Layers(nn.Module):
         self.wide = nn.Linear(8, 40_000)
         self.head = nn.Linear(8, 13, bias=False)
         self.fails: Callable[[], None] = lambda: None
+        self.pauses: Callable[[str], None] = lambda where: None
+        """Called between its larger layers, in `forward` and in `backward`."""
 
     def token_logprobs(self, tokens: torch.Tensor, targets: torch.Tensor, **_: Any) -> torch.Tensor:
         embedded = self.embedding(tokens)
         if embedded.requires_grad:
             embedded.register_hook(lambda gradient: self.fails())
         hidden = self.hidden(embedded).tanh()
+        self.pauses("forward")
+        if hidden.requires_grad:
+            hidden.register_hook(lambda gradient: self.pauses("backward"))
         logits = self.head(hidden + 1e-3 * self.wide(hidden)[..., :8])
         return logits.log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
 
@@ -149,20 +154,47 @@ def train(ranks: TorchRanks) -> dict[str, Any]:
     return {"steps": found, "weights": weights}
 
 
+PLACES = [(where, micro_batch) for where in ("forward", "backward") for micro_batch in (1, 2)]
+"""Where memory runs out in one rank: between its larger layers, in the first or the last micro-batch."""
+
+
+def without_memory(step: TorchStep, parts: list[Any], schedule: Any, place: tuple[str, int], *, alone: bool) -> str:
+    """What a step raises in which one rank, this one if ``alone``, finds no memory at a place."""
+    model: Any = step.model
+    calls: list[str] = []
+
+    def pauses(where: str) -> None:
+        calls.append(where)
+        if where == place[0] and calls.count(where) == place[1]:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+    if alone:
+        model.pauses = pauses
+    try:
+        step.train(parts, schedule=schedule)
+    except OutOfMemory as error:
+        return f"{error}, torn {error.torn}"
+    finally:
+        model.pauses = lambda where: None
+    return "nothing was raised"
+
+
 def train_in_shards(ranks: TorchRanks, *, replicas: int, held: bool) -> dict[str, Any]:
     """Three steps of a model in shards, whose gradients are ``held`` whole between micro-batches or not."""
     torch_shards.HELD_GRADIENTS_SHARE = 0.1 if held else -1.0
     step = make_step(ranks, replicas=replicas)
-    found = []
+    found, told = [], []
     for number in range(3):
         schedule = StepSchedule(lr_scale=1 / (number + 1), number=number, measure_update=number == 1)
+        for place in PLACES if number == 1 else ():
+            told.append(without_memory(step, share(number, ranks, micro=1), schedule, place, alone=ranks.rank == 3))
         found.append(asdict(step.train(share(number, ranks, micro=1), schedule=schedule)))
     own = sum(parameter.to_local().numel() for parameter in step.model.parameters())
     counted = float(step._parts.sum(torch.tensor(float(own))))
     whole = step.whole_model() if ranks.rank == 0 else step.model
     ranks.gathered([0.0])  # The others take part in what the first one reads.
     sums = [float(p.detach().double().sum()) for p in whole.parameters()] if ranks.rank == 0 else []
-    return {"steps": found, "weights": sums, "counted": counted}
+    return {"steps": found, "weights": sums, "counted": counted, "told": told}
 
 
 def train_in_bfloat16(ranks: TorchRanks) -> dict[str, Any]:
@@ -174,6 +206,7 @@ def train_in_bfloat16(ranks: TorchRanks) -> dict[str, Any]:
         return {"steps": found}
     sent = {}
     for name, other in (("float32", make_step(ranks, replicas=1)), ("bfloat16", step)):
+        other.train(share(0, ranks), schedule=schedules[0])  # The first step has passes of its own.
         with Traffic() as traffic:
             other.train(share(0, ranks), schedule=schedules[0])
         sent[name] = traffic.bytes
