@@ -108,8 +108,8 @@ class GPT(nn.Module):
     """Keep the residual stream in the compute dtype: a twentieth faster on an H100, at the price of rounding it in every block."""
     adapter: Adapter | None = None
     """The low-rank adapter that `anarcho_model.lora.torch.add_adapter` has given it."""
-    compiled_parts: bool = False
-    """Whether `compile_parts` has been called."""
+    compiled_parts: str | None = None
+    """The backend of torch.compile that `compile_parts` has compiled it with."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -194,18 +194,18 @@ class GPT(nn.Module):
         linear = (module for module in self.model.layers.modules() if isinstance(module, nn.Linear))
         return [module.weight for module in linear if module.weight.requires_grad]
 
-    def compile_parts(self, *, enabled: bool = True) -> None:
-        """Compile each block, and the log-probabilities, by itself; or, not `enabled`, take that back.
+    def compile_parts(self, backend: str | None = "inductor") -> None:
+        """Compile each block, and the log-probabilities, by itself, with a backend of torch.compile; None takes that back.
 
         Compared with a model that is compiled whole, a block's gradients leave it before the next block's are computed, which
         saves memory with `gradient_checkpointing`; and what is compiled once serves all blocks.
         """
-        self.compiled_parts = enabled
+        self.compiled_parts = backend
         for block in self.model.layers:
-            if enabled:
-                block.compile(dynamic=False)
-            else:
+            if backend is None:
                 block._compiled_call_impl = None
+            else:
+                block.compile(dynamic=False, backend=backend)
 
     def unembed(self, hidden: Float[Tensor, "*shape dim"]) -> Float[Tensor, "*shape vocab"]:
         """Logits of hidden states, in the compute dtype."""
@@ -246,7 +246,7 @@ class GPT(nn.Module):
             embedding_noise=embedding_noise,
             dropout_keys=dropout_keys,
         )
-        logprobs_of = _compiled_logprobs() if self.compiled_parts else chunked_logprobs
+        logprobs_of = chunked_logprobs if self.compiled_parts is None else _compiled_logprobs(self.compiled_parts)
         logprobs = logprobs_of(
             hidden.reshape(-1, hidden.shape[-1]),
             self.head_weight,
@@ -287,6 +287,6 @@ class GPT(nn.Module):
 
 
 @functools.cache
-def _compiled_logprobs() -> Callable[..., Tensor]:
+def _compiled_logprobs(backend: str) -> Callable[..., Tensor]:
     """`chunked_logprobs`, compiled for itself."""
-    return torch.compile(chunked_logprobs, dynamic=False)
+    return torch.compile(chunked_logprobs, dynamic=False, backend=backend)

@@ -48,7 +48,7 @@ class Replicas:
     def leave_compilation(self) -> None:
         """The model is as it was."""
         if self._saves_memory:
-            self._model.compile_parts(enabled=False)  # type: ignore[operator]
+            self._model.compile_parts(None)  # type: ignore[operator]
 
     @property
     def _saves_memory(self) -> bool:
