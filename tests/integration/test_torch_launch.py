@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from anarcho_monitor import read_curve, read_metrics
+from anarcho_train import CheckpointStore
 
 from .conftest import settings
 from .torch_launched import Launched
@@ -87,8 +88,13 @@ def assert_same_losses(run: Path, expected: Path, *, atol: float) -> None:
 @pytest.mark.parametrize(("count", "strategy"), [(2, "ddp"), (4, "ddp"), (4, "fsdp"), (4, "hybrid")])
 def test_any_number_of_processes_trains_what_one_does_on_the_same_samples(begin, whole, tmp_path, count, strategy):
     machines = 2 if strategy == "hybrid" else 1
-    launched = Launched(tmp_path, [[*begin, "--set", f"train.strategy={strategy}"]] * count, machines=machines)
+    options = {"train.strategy": strategy, "train.save_in_background": "true", "train.checkpoint_every": 7}
+    launched = Launched(tmp_path, [[*begin, *settings(options)]] * count, machines=machines)
     assert launched.exit_codes() == [0] * count, launched.errors()
+    store = CheckpointStore(run_of(launched) / "checkpoints")
+    assert [(info.step, info.problem) for info in store.list()] == [(14, None), (STEPS, None)]
+    parts = len(list(store.path(STEPS).glob("optimizer-*.safetensors")))
+    assert parts == (0 if strategy == "ddp" else count)
     assert launched.rows() == whole.rows()
     assert_same_losses(run_of(launched), run_of(whole), atol=1e-5)
     records = read_metrics(run_of(launched) / "metrics.jsonl")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -159,7 +161,7 @@ def test_where_one_rank_has_no_room_for_a_copy_all_write_while_the_training_wait
 
 def test_a_rank_that_is_lost_at_any_exchange_leaves_sound_checkpoints_alone(tmp_path):
     newest = []
-    for lost_after in range(2, 44, 3):
+    for lost_after in range(2, 44, 6):
         directory = tmp_path / str(lost_after)
 
         def work(ranks: ThreadRanks, directory: Path = directory) -> Any:
@@ -213,3 +215,68 @@ def test_each_rank_hears_the_text_of_every_other():
     words = ["", "ä word", "x" * 300]
     assert on_ranks(3, lambda ranks: texts(ranks, words[ranks.rank])) == [words] * 3
     assert texts(Alone(), "alone") == ["alone"]
+
+
+def test_a_kill_at_file_operations_leaves_the_old_or_the_new_checkpoint(tmp_path):
+    """One process writes both parts and joins them; it is killed at every third operation in turn."""
+    fatal, ended = 0, -signal.SIGKILL
+    while ended == -signal.SIGKILL:
+        fatal += 3
+        store = CheckpointStore(tmp_path / str(fatal), keep_last=1)
+        store.save(1, lambda directory: (directory / "total-0").write_text("old") and None, state={})
+        child = os.fork()
+        if child == 0:
+            kill_at(fatal)
+            parts = [store.write_part(2, n, lambda directory, n=n: _write_part(directory, n)) for n in (0, 1)]
+            store.join_parts(2, parts, state={})
+            os._exit(0)
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        latest = store.latest_valid()
+        assert latest is not None
+        assert latest.name in {"step-00000001", "step-00000002"}
+        assert all(info.valid for info in store.list())
+        store.sweep()
+        assert not list(store.directory.glob(".*"))
+    assert ended == 0
+    assert latest == store.path(2)
+    assert fatal > 20
+
+
+def _write_part(directory: Path, rank: int) -> None:
+    (directory / f"total-{rank}").write_text("new")
+
+
+def kill_at(operation: int) -> None:
+    """Ends this process before its n-th file operation."""
+    count = 0
+
+    def counted(function: Any) -> Any:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == operation:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    for name in ("fsync", "mkdir", "rename", "rmdir", "unlink", "open"):
+        setattr(os, name, counted(getattr(os, name)))
+
+
+def test_a_part_that_is_never_seen_is_told_with_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr("anarcho_train.checkpoint.ARRIVAL_SECONDS", 0.05)
+    store = CheckpointStore(tmp_path)
+    parts = [store.write_part(2, rank, lambda directory, rank=rank: _write_part(directory, rank)) for rank in (0, 1)]
+    store.discard_part(2, 1)
+    with pytest.raises(OSError, match=r"part-00001/total-1 is not seen here with the 3 bytes"):
+        store.join_parts(2, parts, state={})
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_processes_that_write_one_name_are_refused(tmp_path):
+    store = CheckpointStore(tmp_path)
+    parts = [store.write_part(2, rank, lambda directory: _write_part(directory, 0)) for rank in (0, 1)]
+    with pytest.raises(OSError, match="has the name of another process's file"):
+        store.join_parts(2, parts, state={})
+    assert store.list() == []
