@@ -154,6 +154,22 @@ def test_a_killed_process_ends_the_others_with_the_last_step_saved_where_that_is
     assert losses(run_of(last))[STEPS] == pytest.approx(losses(run_of(whole))[STEPS], abs=1e-4)
 
 
+def test_memory_that_runs_out_in_one_process_with_shards_makes_the_micro_batch_of_all_smaller(begin, whole, tmp_path):
+    """Where the others can be told at once, else when all are started again, with the same losses."""
+    arguments = [*begin, *FSDP, "--set", "train.checkpoint_every=2", "--set", "train.micro_batch=6"]
+    first = Launched(tmp_path, [arguments] * 2, faults={0: ("block", 3), 1: ("update", 7)})
+    assert first.exit_codes() == [LOST, LOST], first.errors()
+    assert "ran out in the update of this process" in first.errors(1)
+    assert "started again from the last checkpoint, 1 of 6 sequences go through the model at once" in first.errors(1)
+    last = Launched(tmp_path, [AGAIN] * 2)
+    assert last.exit_codes() == [0, 0], last.errors()
+    sizes = [
+        r["micro_batch_tokens"] for r in read_metrics(run_of(last) / "metrics.jsonl") if r.get("fault") == "memory"
+    ]
+    assert sizes == [3 * 32, 1 * 32]
+    assert_same_losses(run_of(last), run_of(whole), atol=1e-4)
+
+
 def test_processes_with_other_configurations_are_refused_before_anything_is_written(begin, tmp_path):
     launched = Launched(tmp_path, [begin, [*begin, "--set", "optim.lr=0.5"]])
     assert launched.exit_codes() == [2, 2]

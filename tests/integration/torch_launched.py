@@ -55,7 +55,7 @@ class Launched:
         faults: Mapping[int, tuple[str, int]] | None = None,
         machines: int = 1,
     ) -> None:
-        """``faults`` is {rank: (signal that it sends to itself, or `memory` for none, before which of its steps)}.
+        """``faults`` is {rank: (what, in which of its steps)}: a signal that it sends to itself, or where it finds no memory.
 
         As far as they know, they run on so many ``machines``.
         """
@@ -152,13 +152,29 @@ def _watch_steps(file: Path, fault: tuple[str, int] | None) -> None:
     def watched(self: Any, micro_batches: Any, **settings: Any) -> Any:
         calls[0] += 1
         if fault and calls[0] == fault[1]:
-            os.kill(os.getpid(), getattr(signal, fault[0]))
+            if fault[0].startswith("SIG"):
+                os.kill(os.getpid(), getattr(signal, fault[0]))
+            else:
+                _find_no_memory(self, fault[0])
         rows = [hashlib.sha256(row.tobytes()).hexdigest()[:8] for batch in micro_batches for row in batch.tokens]
         with file.open("a") as notes:
             notes.write(json.dumps(rows) + "\n")
         return train(self, micro_batches, **settings)
 
     TorchStep.train = watched  # type: ignore[method-assign]
+
+
+def _find_no_memory(step: Any, where: str) -> None:
+    """The last block's forward pass, or the next update, fails once."""
+
+    def fail(*_: Any) -> None:
+        handle.remove()
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+    if where == "update":
+        handle = step.optimizer.register_step_pre_hook(fail)
+    else:
+        handle = step.model.model.layers[-1].mlp.register_forward_pre_hook(fail)
 
 
 if __name__ == _RANK:

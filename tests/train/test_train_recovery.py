@@ -341,7 +341,7 @@ def test_killed_within_a_rollback_and_resumed_a_run_ends_bitwise_alike(tmp_path,
     elif instant == "load":
         run.step.load = die
     elif instant == "roll_back":
-        monkeypatch.setattr("anarcho_train.recovery._replace", die)
+        monkeypatch.setattr("anarcho_train.recovery.replace_json", die)
     else:
         note = run.loop.policies.roll_back
         run.loop.policies.roll_back = lambda **values: (note(**values), die())

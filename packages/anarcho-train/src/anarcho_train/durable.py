@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 
 def sync(path: Path) -> None:
@@ -13,3 +15,12 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def replace_json(file: Path, value: dict[str, Any]) -> None:
+    """Writes an object; the file is the old or the new one at every instant."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(json.dumps(value) + "\n", encoding="utf-8")
+    sync(partial)
+    partial.replace(file)
+    sync(file.parent)

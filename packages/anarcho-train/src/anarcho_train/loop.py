@@ -117,6 +117,11 @@ class Loop:
         """What goes through the model at once, in words."""
         return str(self.cut)
 
+    @property
+    def micro_batches(self) -> Sequence[Batch]:
+        """This rank's part of the next step, or of the one that is being made."""
+        return self._own
+
     def resume(self, checkpoint: Path) -> None:
         """Restores the state of ``checkpoint``; raises `CheckpointError` or ValueError if it does not fit."""
         state = self.checkpoints.read_state(checkpoint)
@@ -148,6 +153,7 @@ class Loop:
         self.saving.begin()
         self.write("start", **self.facts)
         self._announce()
+        self.memory.take_word()
         with StopSignal() as stop:
             try:
                 while not self._make_steps(stop):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from anarcho_train.durable import replace_json
 from anarcho_train.out_of_memory import OutOfMemory, advice
 from anarcho_train.step import Batch
 
 if TYPE_CHECKING:
     from anarcho_train.loop import Loop
+
+SMALLER_FILE = "micro_batch.json"
+"""Beside the checkpoints: the size of micro-batches, as a checkpoint has it, of a run that could not write one any more."""
 
 
 class MemoryFaults:
@@ -50,6 +55,35 @@ class MemoryFaults:
             fault="memory",
             rolled_back_to=step,
         )
+
+    def leave_word(self, micro_batches: Sequence[Batch]) -> str:
+        """Before this process leaves the others for want of memory: started again, all of them take smaller micro-batches.
+
+        Returns what there is to say of that.
+        """
+        loop = self._loop
+        if not loop.cut.shrink(micro_batches):
+            return f"the micro-batch cannot be smaller: {advice(loop.config)}"
+        directory = loop.checkpoints.directory
+        directory.mkdir(parents=True, exist_ok=True)
+        replace_json(directory / SMALLER_FILE, loop.cut.state())
+        return f"started again from the last checkpoint, {loop.cut} go through the model at once"
+
+    def take_word(self) -> None:
+        """At the beginning: takes the size that a process has left word of which found no memory."""
+        loop, path = self._loop, self._loop.checkpoints.directory / SMALLER_FILE
+        if not path.is_file():
+            return
+        before = loop.cut.tokens
+        try:
+            loop.cut.load_state(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"{path} cannot be read ({error}); remove it to begin with the configured micro-batch"
+            ) from error
+        if loop.cut.tokens != before:
+            what = f"memory ran out in a process of this run before: {loop.cut} go through the model at once"
+            loop.event(what, fault="memory", micro_batch_tokens=loop.cut.tokens)
 
     def _newest_step(self) -> int:
         """The step of the newest checkpoint, as the first rank finds it; 0 where there is none."""

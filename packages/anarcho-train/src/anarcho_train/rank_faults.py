@@ -23,6 +23,8 @@ class RankFaults:
         checkpoints that it does not know.
         """
         loop = self._loop
+        if error.no_memory:
+            return loop.memory.leave_word(loop.micro_batches)
         if error.torn or not loop.progress.whole or not loop.inherits():
             return "this process saves nothing"
         if loop.ranks.rank and self._newest_written() != (loop.progress.saved_step or 0):

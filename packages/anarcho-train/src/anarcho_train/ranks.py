@@ -32,6 +32,8 @@ class RankLost(ConnectionError):
 
     torn: bool = False
     """Whether this one holds no state that could be saved: it was lost with the other, or within an update."""
+    no_memory: bool = False
+    """Whether it is this one that leaves, because its memory ran out where the others cannot be told."""
 
 
 class RanksDiffer(ValueError):

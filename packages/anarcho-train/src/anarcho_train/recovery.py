@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from anarcho_train.durable import sync
+from anarcho_train.durable import replace_json
 from anarcho_train.step import StepMetrics
 
 NonFinitePolicy = Literal["skip", "rollback", "stop"]
@@ -234,7 +234,7 @@ class Recovery:
         self.rollbacks += 1
         self.skips = 0
         if self._file is not None:
-            _replace(self._file, {"samples_per_step": self._per_step, **self._order()})
+            replace_json(self._file, {"samples_per_step": self._per_step, **self._order()})
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decisions follow from, as JSON values."""
@@ -269,12 +269,3 @@ class Recovery:
 
     def _order(self) -> dict[str, Any]:
         return {"rollbacks": self.rollbacks, "starts": [list(start) for start in self._starts]}
-
-
-def _replace(file: Path, value: dict[str, Any]) -> None:
-    """The file is the old or the new one at every instant."""
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(value) + "\n", encoding="utf-8")
-    sync(partial)
-    partial.replace(file)
-    sync(file.parent)

@@ -237,9 +237,7 @@ class TorchStep:
             if not is_out_of_memory(error):
                 raise
             what = reason(error)
-        raise self._ranks.abandon(
-            f"memory ran out in the update of this process ({what}); go on with a smaller model, or more processes"
-        )
+        raise self._ranks.abandon(f"memory ran out in the update of this process ({what})")
 
     def _update(self, measured: Tensor, weight: float, schedule: StepSchedule) -> _Update:
         """Reads loss and norm, and then updates or does not."""

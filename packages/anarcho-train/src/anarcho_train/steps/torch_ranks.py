@@ -140,9 +140,9 @@ class TorchRanks:
             raise self._loss(str(error)) from error
 
     def abandon(self, reason: str) -> RankLost:
-        """What this rank raises where it cannot go on and the others cannot be told but by its end."""
+        """What this rank raises where its memory ran out and the others cannot be told but by its end."""
         self._lost = RankLost(reason)
-        self._lost.torn = True
+        self._lost.torn = self._lost.no_memory = True
         return self._lost
 
     def _help_until(self, own: int) -> None:

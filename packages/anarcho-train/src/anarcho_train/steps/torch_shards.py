@@ -321,4 +321,4 @@ def _memory_bytes(device: torch.device) -> float:
 
 
 def _left(what: str) -> str:
-    return f"memory ran out here ({what}) where the other processes could not be told; go on with a smaller train.micro_batch"
+    return f"memory ran out here ({what}) where the other processes could not be told"
