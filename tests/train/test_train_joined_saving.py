@@ -280,3 +280,22 @@ def test_two_processes_that_write_one_name_are_refused(tmp_path):
     with pytest.raises(OSError, match="has the name of another process's file"):
         store.join_parts(2, parts, state={})
     assert store.list() == []
+
+
+def test_a_rank_that_finds_no_memory_in_its_evaluation_saves_nothing_without_the_others(tmp_path):
+    def work(ranks: ThreadRanks) -> Any:
+        loop = loop_in_parts(ranks, tmp_path, aside=False, eval_every=1, micro_batch=1, checkpoint_every=0)
+        if ranks.rank == 1:
+
+            def evaluate(batch: Any) -> Any:
+                ranks.meeting.barrier.abort()  # What its end does to the others.
+                raise OutOfMemory("too small")
+
+            loop.step.evaluate = evaluate
+        loop.inherits = lambda: False
+        loop.run()
+
+    first, second = on_ranks(2, work)
+    assert isinstance(first, RankLost)
+    assert isinstance(second, OutOfMemory)
+    assert "even with the smallest micro-batch" in str(second)

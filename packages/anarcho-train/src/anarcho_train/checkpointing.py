@@ -52,6 +52,11 @@ class Checkpointing:
             self._joined = JoinedSaving(self._loop, self._saves, note=self._note, reporter=self._reporter)
 
     @property
+    def together(self) -> bool:
+        """Whether no rank can save alone."""
+        return self._joined is not None
+
+    @property
     def state(self) -> float:
         """How far this rank is with a checkpoint of which it writes a part, to be told to the others."""
         return self._joined.state if self._joined else DONE

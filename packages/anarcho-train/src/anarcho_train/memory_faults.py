@@ -29,7 +29,7 @@ class MemoryFaults:
         told = [float(loop.cut.shrink(micro_batches)), float(error.torn)]
         smaller, torn = (told if alone else loop.ranks.gathered(told).max(axis=0))[:2]
         if not smaller:
-            if not torn:
+            if not torn and not (alone and loop.saving.together):
                 loop.saving.save(planned=False, needed=True)
             raise OutOfMemory(
                 f"memory ran out {where} even with the smallest micro-batch ({error}); {advice(loop.config)}"
