@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -41,9 +42,20 @@ class PartStep(SummingStep):
         return write
 
 
-def loop_in_parts(ranks: Any, directory: Path, *, aside: bool, fails: Any = None, **settings: Any) -> Any:
+class WholeStep(PartStep):
+    """The first rank writes all."""
+
+    in_parts = False
+
+    def load(self, directory: Path) -> None:
+        self.total = float((directory / "total-0").read_text())
+
+
+def loop_in_parts(
+    ranks: Any, directory: Path, *, aside: bool, fails: Any = None, kind: type[PartStep] = PartStep, **settings: Any
+) -> Any:
     loop = loop_of(ranks, directory, **settings)
-    loop.step = PartStep(ranks, *([fails] if fails else []))
+    loop.step = kind(ranks, *([fails] if fails else []))
     loop.background = lambda: aside
     return loop
 
@@ -299,3 +311,66 @@ def test_a_rank_that_finds_no_memory_in_its_evaluation_saves_nothing_without_the
     assert isinstance(first, RankLost)
     assert isinstance(second, OutOfMemory)
     assert "even with the smallest micro-batch" in str(second)
+
+
+def test_what_the_first_rank_writes_beside_the_training_is_known_to_all(tmp_path):
+    def work(ranks: ThreadRanks) -> Any:
+        fails = no_space_in(0, 4)
+        loop = loop_in_parts(ranks, tmp_path, aside=True, fails=fails, kind=WholeStep, checkpoint_every=2, eval_every=0)
+        return loop, loop.run()
+
+    loops, results = zip(*on_ranks(4, work), strict=True)
+    store = CheckpointStore(tmp_path)
+    assert [(info.step, info.problem) for info in store.list()] == [(2, None), (6, None)]
+    assert [path.name for path in store.path(6).glob("total-*")] == ["total-0"]
+    assert {loop.progress.saved_step for loop in loops} == {6}
+    assert {result.checkpoint for result in results} == {store.path(6)}
+    assert len({tuple(events(loop)) for loop in loops}) == 1
+
+
+@pytest.mark.parametrize("survivor", [0, 1], ids=["the writer", "another"])
+@pytest.mark.parametrize("written", [False, True], ids=["before it is written", "after"])
+def test_who_outlives_a_write_beside_the_training_leaves_the_last_step(tmp_path, survivor, written):
+    """The other rank is lost in its third step, while the checkpoint of the second one is written, or some time after it."""
+    made, gate, done = threading.Event(), threading.Event(), threading.Event()
+
+    def work(ranks: ThreadRanks) -> Any:
+        def fails(rank: int, step: int) -> None:
+            if step == 2:
+                assert gate.wait(20)
+
+        loop = loop_in_parts(ranks, tmp_path, aside=True, fails=fails, kind=WholeStep, checkpoint_every=2, eval_every=0)
+        train = loop.step.train
+
+        def trained(micro_batches: Any, *, schedule: Any) -> Any:
+            metrics = train(micro_batches, schedule=schedule)
+            if schedule.number == (4 if written else 2):
+                if ranks.rank != survivor:
+                    assert made.wait(20)
+                    gate.set()
+                    ranks.meeting.barrier.abort()
+                    done.set()
+                    raise RuntimeError("dead")
+                made.set()
+                assert done.wait(20)
+            elif written and schedule.number == 2:
+                gate.set()
+            return metrics
+
+        def gone(*arguments: Any, **named: Any) -> Any:
+            raise OSError("dead")
+
+        if survivor and not written and ranks.rank == 0:
+            loop.checkpoints.join_parts = gone  # With the process, its thread is dead.
+        loop.step.train = trained
+        with contextlib.suppress(RankLost, RuntimeError):
+            loop.run()
+        return loop
+
+    loop = on_ranks(2, work)[survivor]
+    last = 5 if written else 3
+    store = CheckpointStore(tmp_path)
+    assert all(info.valid for info in store.list())
+    assert max(info.step for info in store.list()) == last
+    assert loop.progress.saved_step == last
+    assert f"the state after step {last} is saved" in events(loop)[-1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from anarcho_monitor.system_memory import read_system_memory
-from anarcho_train import Ranks
 
 from anarcho_cli.config import RunConfig
 from anarcho_cli.disk_space import checkpoint_bytes
@@ -12,13 +11,8 @@ RESERVE_SHARE = 0.1
 """Of the system's memory, that a copy leaves free: other programs, and the cache of what is being written."""
 
 
-def copies_state(config: RunConfig, *, device: str, ranks: Ranks | None = None, in_parts: bool = False) -> bool:
-    """Whether the state is to be copied at all.
-
-    Several processes wait for one that writes, so that all know what is on the disk, unless each writes a part and tells the others.
-    """
-    if ranks is not None and ranks.size > 1 and not in_parts:
-        return False
+def copies_state(config: RunConfig, *, device: str) -> bool:
+    """Whether the state is to be copied at all."""
     wanted = config.train.save_in_background
     return device != "cpu" if wanted == "auto" else wanted
 

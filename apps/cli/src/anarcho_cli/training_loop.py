@@ -71,9 +71,7 @@ def make_loop(
         announcements=data.announcements,
         settings=to_dict(configuration.load(run_directory / CONFIG_FILE)),
         checkpoint_bytes=checkpoint_bytes(config),
-        background=lambda: (
-            copies_state(config, device=device, ranks=ranks, in_parts=step.in_parts) and has_room_for_copy(config)
-        ),
+        background=lambda: copies_state(config, device=device) and has_room_for_copy(config),
         facts={**_facts(attempt, config, step), **(fit.facts() if fit else {}), **data.facts},
         on_checkpoint=lambda: data.release(_first_needed_sample(checkpoints)),
         ranks=ranks,

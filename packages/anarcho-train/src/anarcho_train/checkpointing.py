@@ -2,8 +2,8 @@
 
 Notable: where there is room for a copy of the state, training stands still for the copy alone, and a thread writes it: never more than
 one, so the next checkpoint waits for the one before. A write that has failed is known before the next step; whatever ends the run, or
-reads checkpoints, waits for the writer first. Copy and direct write give the same bytes. Of several ranks the first writes, unless each
-has a part of the state: then all do, as `joined_saving` says.
+reads checkpoints, waits for the writer first. Copy and direct write give the same bytes. Where several ranks have parts of the state, or
+one writes while all go on with the training, all have to know what becomes of it, as `joined_saving` says.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from anarcho_train.background_writing import BackgroundWriter
 from anarcho_train.joined_saving import JoinedSaving
 from anarcho_train.out_of_memory import OutOfMemory
-from anarcho_train.ranks import DONE
+from anarcho_train.ranks import DONE, Alone
 from anarcho_train.saving import Saves, require_free
 
 if TYPE_CHECKING:
@@ -48,7 +48,8 @@ class Checkpointing:
     def begin(self) -> None:
         """The run begins, or goes on, now: the minutes until the next checkpoint are counted from here."""
         self._last_time = self._clock()
-        if self._loop.ranks.size > 1 and self._loop.step.in_parts:
+        loop = self._loop
+        if loop.ranks.size > 1 and (loop.step.in_parts or loop.ranks.gathered([loop.background()]).all()):
             self._joined = JoinedSaving(self._loop, self._saves, note=self._note, reporter=self._reporter)
 
     @property
@@ -120,6 +121,19 @@ class Checkpointing:
             self._note(path, seconds=seconds, copy_seconds=copied.copy_seconds)
         elif loop.progress.saved_step == copied.step:
             loop.progress.saved_step = None
+
+    def steps(self) -> set[int]:
+        """Of which steps the newest checkpoint may be, as far as this rank knows."""
+        return self._joined.steps if self._joined else {self._loop.progress.saved_step or 0}
+
+    def outlive(self) -> None:
+        """The other ranks are gone, and this one goes on alone; what was being written is finished first. Raises `SaveFailed`."""
+        joined, self._joined = self._joined, None
+        if joined is not None:
+            joined.outlive()
+        else:
+            self.wait()
+        self._loop.ranks = Alone()
 
     def close(self) -> None:
         """The run ends, in whatever way: what is being written is finished, and a failure is told, but raised no more."""

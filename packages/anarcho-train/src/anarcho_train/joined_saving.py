@@ -1,4 +1,4 @@
-"""Checkpoints of which each rank writes a part: all of them agree on which one there is.
+"""Checkpoints of several ranks, of which each writes its part, or the first one all: they agree on which one there is.
 
 Notable: a part is copied to the host's memory and written by a thread while the training goes on, never more than one. What has become of
 it is told in the exchange before each step, so no further one is needed; when all parts are on the disk, the first rank makes a
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from anarcho_train.background_writing import BackgroundWriter
 from anarcho_train.out_of_memory import OutOfMemory
-from anarcho_train.ranks import BUSY, DONE, FAILED, RankFailed, agreed_state, mark_known, texts
+from anarcho_train.ranks import BUSY, DONE, FAILED, Alone, RankFailed, agreed_state, mark_known, texts
 from anarcho_train.saving import SaveFailed, Saves, reason, require_free
 
 if TYPE_CHECKING:
@@ -34,12 +34,14 @@ class _Pending:
     state: dict[str, Any]
     started: float
     copy_seconds: float
+    before: int | None
+    """The step of the checkpoint before."""
     joining: bool = False
     """Whether all parts are written, and the first rank puts them together."""
 
 
 class JoinedSaving:
-    """Writes the checkpoints of a loop whose step is `in_parts`; every method is called by all ranks alike.
+    """Writes the checkpoints of a loop; every method but `close` and `outlive` is called by all ranks alike.
 
     ``note`` is told what was written, ``reporter`` makes what is told of a failure.
     """
@@ -65,6 +67,12 @@ class JoinedSaving:
             return BUSY
         return FAILED if self._writer.error else DONE
 
+    @property
+    def steps(self) -> set[int]:
+        """Of which steps the newest checkpoint may be: of one that is being written, nobody knows yet whether it is there."""
+        found = {self._loop.progress.saved_step} | ({self._pending.before} if self._pending else set())
+        return {step or 0 for step in found}
+
     def save(self, step: int, state: dict[str, Any], *, here: bool, patient: bool) -> None:
         """Writes the checkpoint, ``here`` and now or beside the training where all ranks have room for a copy. Raises `SaveFailed`."""
         self.wait()
@@ -80,10 +88,10 @@ class JoinedSaving:
         if agreed == FAILED:
             self._end(pending, self._told_failure(self._writer.error))
         elif not pending.joining:
-            pending.joining = True
-            parts = self._told_parts(self._writer.result())
+            parts = self._told_parts(self._writer.result() if self._writes else {})
             if self._loop.ranks.rank == 0:
                 self._writer.begin(lambda: self._join(pending.step, parts, pending.state))
+            pending.joining = True
         else:
             self._end(pending, None)
 
@@ -110,25 +118,43 @@ class JoinedSaving:
             why = error or "the run ended before all processes had written their parts"
             self._loop.event(f"the checkpoint of step {pending.step} could not be written ({why})", fault="save")
 
+    def outlive(self) -> None:
+        """The others are gone, this rank goes on alone: the first one finishes what it writes, another forgets what that was writing."""
+        loop, pending = self._loop, self._pending
+        if pending is not None and loop.ranks.rank:
+            self._pending = None
+            there = loop.checkpoints.path(pending.step).is_dir()
+            loop.progress.saved_step = pending.step if there else pending.before
+        loop.ranks = Alone()
+        self.wait()
+        self._writer.close()
+
+    @property
+    def _writes(self) -> bool:
+        """Whether this rank has a part."""
+        return self._loop.step.in_parts or self._loop.ranks.rank == 0
+
     def _begin(self, step: int, state: dict[str, Any]) -> bool:
         """Copies this rank's part and lets it be written; False where memory does not suffice for some rank's copy."""
         loop, started, told = self._loop, time.monotonic(), ""
         write: Callable[[Path], None] | None = None
         with loop.throughput.pause("checkpoint"):
             try:
-                write = loop.step.snapshot()
+                write = loop.step.snapshot() if self._writes else None
             except OutOfMemory as error:
                 told = str(error)
-            lacking = loop.ranks.gathered([write is None])[:, 0]
-        if write is None or lacking.any():
+            lacking = loop.ranks.gathered([self._writes and write is None])[:, 0]
+        if lacking.any():
             loop.event(
                 f"there is no memory for a copy of the state ({told or 'another process of the run'}); training waits for the checkpoint",
                 fault="memory",
             )
             return False
         seconds = time.monotonic() - started
-        self._pending = _Pending(step=step, state=state, started=started, copy_seconds=seconds)
-        self._writer.begin(lambda: self._write_part(step, write))
+        before = loop.progress.saved_step
+        self._pending = _Pending(step=step, state=state, started=started, copy_seconds=seconds, before=before)
+        if write is not None:
+            self._writer.begin(lambda: self._write_part(step, write))
         loop.progress.saved_step = step
         return True
 
@@ -139,7 +165,7 @@ class JoinedSaving:
         if path is not None:
             self._note(path, seconds=time.monotonic() - pending.started, copy_seconds=pending.copy_seconds)
         elif self._loop.progress.saved_step == pending.step:
-            self._loop.progress.saved_step = None
+            self._loop.progress.saved_step = pending.before
 
     def _save_here(self, step: int, state: dict[str, Any], *, needed: bool, patient: bool) -> None:
         loop, started = self._loop, time.monotonic()
@@ -151,14 +177,15 @@ class JoinedSaving:
 
     def _written_here(self, step: int, state: dict[str, Any]) -> Path:
         """One attempt while the training stands still; raises OSError in all ranks where it fails in one."""
-        loop, failure, own = self._loop, None, {}
+        loop, failure = self._loop, None
+        own: dict[str, Any] | None = None
         try:
-            own = self._write_part(step, loop.step.save)
+            own = self._write_part(step, loop.step.save) if self._writes else {}
         except OSError as error:
             failure = error
         parts = self._told_parts(own)
         try:
-            if all(parts) and loop.ranks.rank == 0:
+            if None not in parts and loop.ranks.rank == 0:
                 self._join(step, parts, state)
         except OSError as error:
             failure = error
@@ -189,8 +216,8 @@ class JoinedSaving:
     def _join(self, step: int, parts: list[dict[str, Any]], state: dict[str, Any]) -> Path:
         return self._loop.checkpoints.join_parts(step, parts, state=state, hashes=self._loop.hashes)
 
-    def _told_parts(self, own: dict[str, Any]) -> list[dict[str, Any]]:
-        """What each rank has written, by its number; nothing of one that has failed."""
+    def _told_parts(self, own: dict[str, Any] | None) -> list[dict[str, Any]]:
+        """What each rank has written, by its number; None of one that has failed."""
         return [json.loads(text) for text in texts(self._loop.ranks, json.dumps(own))]
 
     def _told_failure(self, own: BaseException | None) -> OSError:

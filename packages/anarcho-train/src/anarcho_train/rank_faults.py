@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from anarcho_train.ranks import Alone, RankLost
+from anarcho_train.ranks import RankLost
 
 if TYPE_CHECKING:
     from anarcho_train.loop import Loop
@@ -27,10 +27,9 @@ class RankFaults:
             return loop.memory.leave_word(loop.micro_batches)
         if error.torn or not loop.progress.whole or not loop.inherits():
             return "this process saves nothing"
-        if loop.ranks.rank and self._newest_written() != (loop.progress.saved_step or 0):
+        if loop.ranks.rank and self._newest_written() not in loop.saving.steps():
             return "others have gone on with it already"
-        loop.saving.wait()
-        loop.ranks = Alone()
+        loop.saving.outlive()
         if not loop.progress.concluded:
             loop.conclude_step()
         loop.saving.save(planned=False)
