@@ -25,7 +25,7 @@ from anarcho_cli import config as configuration
 from anarcho_cli.attempt import Attempt, begin
 from anarcho_cli.back_ends import TrainingStep
 from anarcho_cli.config import RunConfig
-from anarcho_cli.data import RunData, open_run_data
+from anarcho_cli.data import RunData, open_run_data, prepared_directory
 from anarcho_cli.diagnostics import Diagnostics, diagnosed
 from anarcho_cli.disk_space import require_disk_space
 from anarcho_cli.fitting.decision import Fit, agreed
@@ -167,7 +167,13 @@ def resume(
 
 
 def _open_data(run_directory: Path, config: RunConfig, ranks: Ranks) -> AbstractContextManager[RunData]:
-    return open_run_data(config, run_directory / TOKENIZER, run_directory / DATA, prepares=ranks.rank == 0)
+    prepared = prepared_directory(config)
+    return open_run_data(
+        config,
+        run_directory / TOKENIZER,
+        prepared or run_directory / DATA,
+        prepares=ranks.rank == 0 and prepared is None,
+    )
 
 
 def _prepare_tokenizer(run_directory: Path, config: RunConfig) -> None:
@@ -175,6 +181,10 @@ def _prepare_tokenizer(run_directory: Path, config: RunConfig) -> None:
     directory = run_directory / TOKENIZER
     if directory.is_dir():
         return
+    if prepared := prepared_directory(config):
+        raise ValueError(
+            f"{prepared} holds tokens, from which no tokenizer can be trained; give the one that made them as --tokenizer"
+        )
     note(f"training a tokenizer of {config.tokenizer.vocab_size} pieces on {config.data.name}")
     staging = directory.with_name(f".{TOKENIZER}.partial")
     shutil.rmtree(staging, ignore_errors=True)
@@ -257,7 +267,8 @@ def _with_reference(attempt: Attempt, config: RunConfig, data: RunData, step: Tr
         return data
     run = attempt.run_directory
     with after_first(attempt.ranks):
-        return with_reference(data, config, step, base=run / BASE, shards=run / DATA, directory=run / REFERENCE)
+        shards = prepared_directory(config) or run / DATA
+        return with_reference(data, config, step, base=run / BASE, shards=shards, directory=run / REFERENCE)
 
 
 def _summary(run_directory: Path, result: TrainResult, sample: str | None, *, seconds: float) -> RunSummary:

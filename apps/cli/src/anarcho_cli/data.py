@@ -19,6 +19,7 @@ from anarcho_tokenize import (
     SequentialBucketBatches,
     StreamedBatches,
     TokenShards,
+    is_prepared,
     load_tokenizer,
     prepare_shards,
 )
@@ -76,6 +77,17 @@ def open_run_data(
     yield _prepared(config, directory, tokenizer)
 
 
+def prepared_directory(config: RunConfig) -> Path | None:
+    """The directory of `anarcho data prepare`, where the configuration names one in place of texts."""
+    if config.data.sources or not is_prepared(config.data.source):
+        return None
+    if config.data.streaming:
+        raise ValueError(
+            f"data.streaming is true, but {config.data.source} is prepared already; expected false, or leave the key out"
+        )
+    return Path(config.data.source)
+
+
 def prepare(config: RunConfig, tokenizer: AnyTokenizer, directory: Path) -> None:
     """Write all shards, or those that an interrupted attempt left to do."""
     with PreparationProgress() as progress:
@@ -89,6 +101,10 @@ def _prepared(config: RunConfig, directory: Path, tokenizer: AnyTokenizer) -> Ru
     damage: list[dict[str, Any]] = []
     parts = (directory / part for part in ("train", "validation"))
     train, validation = (_of_tokenizer(open_part(config, part, damage=damage), tokenizer) for part in parts)
+    if train.kind != config.data.kind:
+        raise ValueError(
+            f"data.kind is {config.data.kind!r}, but {directory} was prepared as {train.kind!r}; use the same, or prepare it anew"
+        )
     if config.data.kind == "preference":
         batches, held_out = _pairs(config, train, validation)
     else:
@@ -173,7 +189,7 @@ def open_part(
 def _of_tokenizer(shards: TokenShards, tokenizer: AnyTokenizer) -> TokenShards:
     if shards.tokenizer_sha256 != tokenizer.sha256:
         raise ValueError(
-            f"{shards.directory} was made by another tokenizer than the run's; put that one back, or start a new run"
+            f"{shards.directory} was made by another tokenizer than the run's; put that one back, or start a new run with it"
         )
     return shards
 

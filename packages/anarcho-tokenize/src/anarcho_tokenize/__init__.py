@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from anarcho_tokenize.loading import AnyTokenizer, load_tokenizer
     from anarcho_tokenize.merging import ShareStatus, merge_shares, missing_ranks, share_statuses
     from anarcho_tokenize.packing import Batch, PackedBatches, SequentialBatches
-    from anarcho_tokenize.preparation import prepare_shards, read_texts, release, write_shards
+    from anarcho_tokenize.preparation import is_prepared, prepare_shards, read_texts, release, write_shards
     from anarcho_tokenize.production import PreparationReport
     from anarcho_tokenize.rows import Message, Preference
     from anarcho_tokenize.shard_report import ShardsReport, inspect_shards
@@ -82,6 +82,7 @@ __all__ = [
     "import_tokenizer",
     "inspect_shards",
     "inspect_tokenizer",
+    "is_prepared",
     "load_tokenizer",
     "merge_shares",
     "missing_ranks",
@@ -118,7 +119,7 @@ _HOMES = {
     "loading": ("AnyTokenizer", "load_tokenizer"),
     "merging": ("ShareStatus", "merge_shares", "missing_ranks", "share_statuses"),
     "packing": ("Batch", "PackedBatches", "SequentialBatches"),
-    "preparation": ("prepare_shards", "read_texts", "release", "write_shards"),
+    "preparation": ("is_prepared", "prepare_shards", "read_texts", "release", "write_shards"),
     "production": ("PreparationReport",),
     "rows": ("Message", "Preference"),
     "shard_report": ("ShardsReport", "inspect_shards"),

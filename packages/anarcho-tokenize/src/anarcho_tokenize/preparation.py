@@ -54,6 +54,15 @@ def prepare_shards(
         return production.run(on_progress)
 
 
+def is_prepared(directory: str | os.PathLike[str]) -> bool:
+    """Whether the directory holds what `prepare_shards` writes, finished or not, rather than texts.
+
+    Raises ShardError for what ranks have prepared and nobody has merged yet.
+    """
+    refuse_shares(Path(directory))
+    return Path(directory, STATE_FILE).is_file()
+
+
 def write_shards(
     documents: Iterable[str],
     tokenizer: AnyTokenizer,
