@@ -42,7 +42,7 @@ class TrainConfig:
     keep_last: int = 2
     """How many of the newest checkpoints stay; the best one stays in any case."""
     save_in_background: bool | Literal["auto"] = "auto"
-    """Whether training goes on while a copy of the state is written, where there is memory for the copy; several processes wait.
+    """Whether training goes on while a copy of the state is written, where there is memory for the copy.
 
     `auto` does so on a GPU: on a CPU the writing takes the time of the very cores that compute."""
     early_stopping_patience: int = 0
