@@ -2,38 +2,47 @@
 
     python benchmarks/cuda_training.py 4096:16:muon 4096:16:adamw 4096:1:muon:checkpointing --json cuda_training.jsonl --markdown table.md
 
-A job is `context:batch:optimizer`, with `:checkpointing` if each block keeps its input alone. Both sides make whole optimizer steps on the
-same random tokens, compiled, matrix products in bfloat16, weights, gradients and optimizer state in float32:
+A job is `context:batch:optimizer`, and what else is set for it: `:checkpointing` if each block keeps its input alone, `:lean` for our
+weights and state in bfloat16, `:layers=24` or `:dim=1536` for another size (heads have 64 columns). Both sides make whole optimizer steps
+on the same random tokens, compiled, matrix products in bfloat16, weights and optimizer state in float32:
 
-* ours is the trainer's own step: clipping included, and the loss read after every step; `muon` is this project's optimizer, and so is
-  `adamw`, with every parameter in its AdamW half;
+* ours is the trainer's own step: clipping included, and the loss read after every step, with the temporary memory that a run gives its
+  optimizer; `muon` is this project's optimizer, and so is `adamw`, with every parameter in its AdamW half; `forecast` is what a run would
+  have been told to take, the device's library included;
 * theirs is transformers' Llama with PyTorch's cross entropy of whole logits, no clipping, nothing read; `muon` is `torch.optim.Muon` for
   the blocks' matrices with fused AdamW for the rest, `adamw` is fused AdamW.
 
 Each side has a process of its own. Time is the median over the steps of all rounds, after those that compile, each ended by a
 synchronisation; memory is the allocator's peak over these steps. The utilisation is that of the model's own operations, 6 for each weight
 of a matrix and token plus causal attention's, against the rate of bfloat16 products of 8192 x 8192 in the same run; what is computed again
-is not counted. The default shape is the reference model of 137.8 million parameters.
+is not counted. The default shape is the reference model of 137.8 million parameters. Growth with the context at constant tokens a step, and
+with depth and width:
+
+    python benchmarks/cuda_training.py 1024:64:muon 2048:32:muon 4096:16:muon 8192:8:muon 16384:4:muon --sides ours
+    python benchmarks/cuda_training.py 4096:4:muon 4096:4:muon:layers=24 4096:4:muon:dim=1536 --sides ours
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from anarcho_model import ModelConfig
+from anarcho_model.footprint import training_memory
 from anarcho_model.torch import GPT
 from anarcho_optim import OptimConfig
+from anarcho_optim.memory import scratch_bytes
 from anarcho_optim.torch import MuonAdamW, param_groups
 from anarcho_train import StepSchedule, TrainConfig
 from anarcho_train.steps.torch import TorchStep
@@ -41,6 +50,9 @@ from anarcho_train.steps.torch import TorchStep
 WARM_STEPS = 4
 """The first compiles, the second meets the gradients' first addresses, the others fill the allocator."""
 CEILING_SIZE = 8192
+HEAD_SIZE = 64
+CUDA_WORKSPACE_BYTES = 64 * 2**20
+"""What cuBLAS works in."""
 SIDES = ("ours", "transformers")
 
 Step = Callable[[], Any]
@@ -65,17 +77,24 @@ class Job:
     context: int
     batch: int
     optimizer: str
-    checkpointing: bool
+    layers: int
+    dim: int
+    checkpointing: bool = False
+    lean: bool = False
 
     @classmethod
-    def parse(cls, text: str) -> Job:
-        """From `context:batch:optimizer[:checkpointing]`; raises ValueError for anything else."""
-        context, batch, optimizer, *rest = text.split(":")
-        if optimizer not in ("muon", "adamw") or rest not in ([], ["checkpointing"]):
-            raise ValueError(
-                f"the job is {text}, expected context:batch:muon or context:batch:adamw, or :checkpointing after it"
-            )
-        return cls(int(context), int(batch), optimizer, bool(rest))
+    def parse(cls, text: str, *, layers: int, dim: int) -> Job:
+        """From `context:batch:optimizer[:setting...]`; raises ValueError for anything else."""
+        context, batch, optimizer, *settings = text.split(":")
+        options: dict[str, Any] = {"layers": layers, "dim": dim}
+        for setting in settings:
+            key, _, value = setting.partition("=")
+            if key not in cls.__dataclass_fields__ or (key in options) != bool(value):
+                raise ValueError(f"the job {text} has {setting}; expected checkpointing, lean, layers=N or dim=N")
+            options[key] = int(value) if value else True
+        if optimizer not in ("muon", "adamw"):
+            raise ValueError(f"the job is {text}; expected context:batch:muon or context:batch:adamw, and settings")
+        return cls(int(context), int(batch), optimizer, **options)
 
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
@@ -84,7 +103,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     ceiling = _in_process(_ceiling, options.device)
     rows = []
     for text in options.jobs:
-        job = Job.parse(text)
+        job = Job.parse(text, layers=options.layers, dim=options.dim)
         rows.append({"job": text, "ceiling TFLOP/s": round(ceiling / 1e12, 1), **_measure(job, ceiling, options)})
         print(json.dumps(rows[-1]), flush=True)
     if options.json:
@@ -98,10 +117,9 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("jobs", nargs="+", metavar="context:batch:optimizer[:checkpointing]")
+    parser.add_argument("jobs", nargs="+", metavar="context:batch:optimizer[:setting...]")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--dim", type=int, default=768)
-    parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--narrow-residual", action="store_true", help="ours keeps the residual stream in bfloat16")
     parser.add_argument("--compile", choices=("on", "off"), default="on", help="of both sides")
@@ -116,8 +134,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 
 def _measure(job: Job, ceiling: float, options: argparse.Namespace) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {side: [] for side in options.sides}
-    row: dict[str, Any] = {}
     config = _config(job, options)
+    row: dict[str, Any] = {"forecast GB": round(_forecast(job, config)[0] / 1e9, 3)}
     for _ in range(options.rounds):
         for side in options.sides:
             found = _in_process(_measure_side, side, job, config, options)
@@ -149,9 +167,9 @@ def _config(job: Job, options: argparse.Namespace) -> ModelConfig:
     return ModelConfig(
         vocab_size=options.vocabulary,
         context_length=job.context,
-        num_layers=options.layers,
-        dim=options.dim,
-        num_heads=options.heads,
+        num_layers=job.layers,
+        dim=job.dim,
+        num_heads=job.dim // HEAD_SIZE,
     )
 
 
@@ -190,20 +208,45 @@ def _timed(step: Step, device: str, number: int, *, warm: int = 0) -> list[float
 def _our_step(job: Job, config: ModelConfig, ids: np.ndarray, options: argparse.Namespace) -> Step:
     model = GPT(config)
     model.init_weights(seed=0)
-    model.to(options.device)
+    model.to(options.device, torch.bfloat16 if job.lean else torch.float32)
     model.gradient_checkpointing, model.narrow_residual = job.checkpointing, options.narrow_residual
     groups = param_groups(model, config=OptimConfig(lr=1e-3, adamw_lr=1e-4))
     if job.optimizer == "adamw":
         groups = [{"params": list(model.named_parameters()), "algorithm": "adamw", "lr": 1e-4, "name": "all"}]
     trainer = TorchStep(
         model,
-        MuonAdamW(groups),
+        MuonAdamW(
+            groups,
+            cuda_scratch_bytes=_forecast(job, config)[1],
+            state_dtype=torch.bfloat16 if job.lean else torch.float32,
+            stochastic_rounding=job.lean,
+        ),
         config=TrainConfig(precision="bfloat16", compile=options.compile),
         save_model=lambda model, directory: None,
         load_model=lambda model, directory: None,
     )
     batch = Tokens(ids[:, :-1], ids[:, 1:], np.ones(ids[:, 1:].shape, dtype=np.float32))
     return lambda: trainer.train([batch], schedule=StepSchedule(lr_scale=1.0))
+
+
+def _forecast(job: Job, config: ModelConfig) -> tuple[int, int]:
+    """Bytes at the peak of our side, cuBLAS's own included, and of these what its optimizer may take for the time of an update."""
+    state: dict[str, Any] = {"matrix_optimizer_bytes": 4 if job.optimizer == "muon" else 8, "other_optimizer_bytes": 8}
+    memory = training_memory(
+        config,
+        micro_batch=job.batch,
+        length=job.context,
+        weight_dtype_bytes=2 if job.lean else 4,
+        gradient_checkpointing=job.checkpointing,
+        gradients_held=False,
+        narrow_gradients=True,
+        device="cuda",
+        **{key: size // 2 if job.lean else size for key, size in state.items()},
+    )
+    shapes = config.tensor_shapes().items()
+    matrices = sum(math.prod(shape) for name, shape in shapes if len(shape) == 2 and ".layers." in name)
+    scratch = scratch_bytes("cuda", matrices, room=memory.transient - memory.gradients)
+    return replace(memory, optimizer_scratch=scratch).total + CUDA_WORKSPACE_BYTES, scratch
 
 
 def _their_step(job: Job, config: ModelConfig, ids: np.ndarray, options: argparse.Namespace) -> Step:
