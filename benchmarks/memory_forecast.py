@@ -1,4 +1,4 @@
-"""The forecast of a training run's peak memory beside the measured peak, for twelve configurations, each in a process of its own.
+"""The forecast of a training run's peak memory beside the measured peak, for twelve configurations and more, each in a process of its own.
 
     python benchmarks/memory_forecast.py --device cpu --json memory_forecast.jsonl --markdown table.md
 
@@ -41,6 +41,14 @@ CONFIGURATIONS: dict[str, tuple[str, list[str]]] = {
 FULL_LENGTH = {
     "reference, context 4096": ("reference-137m", []),
     "reference, context 4096, checkpointing": ("reference-137m", ["train.gradient_checkpointing=true"]),
+    "reference, context 4096, checkpointing, steps of one micro-batch": (
+        "reference-137m",
+        ["train.gradient_checkpointing=true", "train.batch_tokens=4096"],
+    ),
+    "reference, context 4096, checkpointing, steps of one micro-batch, lean": (
+        "reference-137m",
+        ["train.gradient_checkpointing=true", "train.batch_tokens=4096", "train.lean=true"],
+    ),
 }
 """In place of the reference model at a quarter of its length, on a device that is fast enough."""
 
