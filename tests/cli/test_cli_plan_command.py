@@ -50,6 +50,36 @@ def test_time_is_the_work_over_a_range_of_the_measured_rate(tmp_path: Path) -> N
     assert found.free_bytes > 0
 
 
+def test_the_plan_of_several_processes_is_that_of_each(anarcho, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("anarcho_cli.benching.subject.ceiling", lambda *place, **wanted: 2e11)
+    monkeypatch.setattr("anarcho_cli.fitting.budget.memory_budget", lambda *place: 64 * GIB)
+    options = ["--preset", "medium-45m", "--device", "cpu", "--runs-dir", str(tmp_path / "runs"), "--json"]
+    alone = json.loads(anarcho("plan", *options).stdout)
+    found = {
+        strategy: json.loads(
+            anarcho(
+                "plan", *options, "--processes", "4", "--machines", "2", "--set", f"train.strategy={strategy}"
+            ).stdout
+        )
+        for strategy in ("auto", "ddp", "hybrid", "fsdp")
+    }
+    assert found["auto"] == {**found["ddp"], "config": found["auto"]["config"]}
+    whole, parts = alone["memory_bytes"], {name: plan["memory_bytes"] for name, plan in found.items()}
+    for part in ("weights", "optimizer"):
+        assert [parts[name][part] for name in ("ddp", "hybrid", "fsdp")] == [whole[part] // n for n in (1, 2, 4)]
+    assert parts["ddp"]["total"] > parts["hybrid"]["total"] > parts["fsdp"]["total"]
+    assert found["fsdp"]["budget_bytes"] == alone["budget_bytes"] // 2
+    text = anarcho("plan", *options[:-1], "--processes", "4", "--set", "train.strategy=fsdp").stdout
+    assert "processes   4, each with one of 4 shards of the model (fsdp)" in text
+    assert "in each process; of this" in text
+
+
+def test_processes_that_no_machines_have_and_those_of_another_framework_are_refused(refused) -> None:
+    uneven = refused("plan", "--device", "cpu", "--processes", "3", "--machines", "2")
+    assert "3 processes cannot be on 2 machines" in uneven
+    assert "not of mlx" in refused("plan", "--backend", "mlx", "--device", "cpu", "--processes", "2")
+
+
 def test_the_command_prints_plan_and_outlook_and_writes_nothing(
     anarcho, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

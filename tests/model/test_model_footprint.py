@@ -257,3 +257,25 @@ def test_operations_are_those_that_torch_counts(options):
         model(tokens, segments=torch.zeros_like(tokens))
     assert forward_flops_per_token(model.config, 64) * 128 == counter.get_total_flops()
     assert training_flops_per_token(model.config, 64) == 3 * forward_flops_per_token(model.config, 64)
+
+
+@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_a_process_with_a_shard_needs_less_the_more_there_are_and_one_with_the_whole_model_more_than_one_alone(
+    held, checkpointing
+):
+    config = ModelConfig(num_layers=12, dim=768, num_heads=12)
+    shape = {"micro_batch": 1, "length": 256, "gradients_held": held, "gradient_checkpointing": checkpointing}
+
+    def forecast(shards):
+        return training_memory(config, **shape, shards=shards)
+
+    alone, whole, parts = forecast(None), forecast(1), [forecast(n) for n in (2, 4, 8)]
+    assert whole.total >= alone.total + alone.gradients - alone.optimizer_scratch
+    totals = [part.total for part in parts]
+    assert totals == sorted(totals, reverse=True)
+    for shards, part in zip((2, 4, 8), parts, strict=True):
+        assert (part.weights, part.optimizer) == (alone.weights // shards, alone.optimizer // shards)
+        assert part.activations == alone.activations
+        assert part.weight_casts == 0, "matrices are gathered in the compute dtype"
+        assert part.gathered >= 2 * 2 * config.dim * 3 * config.ffn_size, "a block and what the next is gathered in"

@@ -18,7 +18,7 @@ from anarcho_cli.config import RunConfig
 from anarcho_cli.disk_space import checkpoint_bytes, checkpoints_at_once
 from anarcho_cli.fitting.budget import USED_SHARE, forecast_bytes, planning_budget
 from anarcho_cli.output import bytes_text, count_text, duration_text
-from anarcho_cli.plan import Plan
+from anarcho_cli.plan import Plan, Processes
 
 UTILISATION = (0.1, 0.5)
 """Least and greatest share of the rate of matrix products that whole training steps were seen to reach."""
@@ -105,12 +105,23 @@ def look_out(
         checkpoint_bytes=checkpoint_bytes(config),
         checkpoints=checkpoints_at_once(config),
         free_bytes=free_bytes(runs_dir),
-        largest=largest_model(config, backend=plan.backend, device=plan.device, budget_bytes=budget),
-        flops_per_second=flops_per_second(),
+        largest=largest_model(
+            config, backend=plan.backend, device=plan.device, budget_bytes=budget, processes=plan.processes
+        ),
+        flops_per_second=flops_per_second() * _devices(plan),
     )
 
 
-def largest_model(config: RunConfig, *, backend: str, device: str, budget_bytes: int) -> RunConfig | None:
+def _devices(plan: Plan) -> int:
+    """How many compute: processes on one CPU share it."""
+    if plan.processes is None:
+        return 1
+    return plan.processes.machines if plan.device == "cpu" else plan.processes.count
+
+
+def largest_model(
+    config: RunConfig, *, backend: str, device: str, budget_bytes: int, processes: Processes | None = None
+) -> RunConfig | None:
     """The configuration with the largest model that trains in a budget: one sequence at once, gradient checkpointing, all else as it is."""
     train = dataclasses.replace(config.train, micro_batch=1, gradient_checkpointing=True)
     found = None
@@ -125,7 +136,9 @@ def largest_model(config: RunConfig, *, backend: str, device: str, budget_bytes:
             hidden_dim=None,
         )
         larger = dataclasses.replace(config, model=model, train=train)
-        needed = forecast_bytes(larger, micro_batch=1, checkpointing=True, backend=backend, device=device)
+        needed = forecast_bytes(
+            larger, micro_batch=1, checkpointing=True, backend=backend, device=device, processes=processes
+        )
         if needed > USED_SHARE * budget_bytes:
             break
         found = larger

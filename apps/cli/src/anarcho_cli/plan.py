@@ -27,10 +27,35 @@ MPS_LIBRARY_BYTES = 850 * 2**20
 """The same on a Mac, where it is not measured yet."""
 CUDA_WORKSPACE_BYTES = 64 * 2**20
 """What cuBLAS works in, taken from the device's allocator: on an H100, steps of most models took so much beside their tensors."""
+RANKS_LIBRARY_BYTES = 150 * 2**20
+"""What PyTorch loads to train in several processes; its compiler is part of that."""
 MLX_LIBRARY_BYTES = 100 * 2**20
 """The same of Python with MLX, whose compiled functions are small; measured on Linux."""
 COMPILER_BYTES = 500 * 2**20
 """What torch.compile adds to it; measured on Linux with the reference model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processes:
+    """Several processes of PyTorch that train together."""
+
+    count: int
+    """How many there are."""
+    machines: int = 1
+    """On how many machines, as many on each."""
+    strategy: Literal["ddp", "fsdp", "hybrid"] = "ddp"
+    """How they share the model, as `train.strategy`."""
+
+    def __post_init__(self) -> None:
+        if self.machines < 1 or self.count < 1 or self.count % self.machines:
+            raise ValueError(
+                f"{self.count} processes cannot be on {self.machines} machines, as many on each; give a multiple of the machines"
+            )
+
+    @property
+    def shards(self) -> int:
+        """Into how many parts the model is cut."""
+        return {"ddp": 1, "fsdp": self.count, "hybrid": self.count // self.machines}[self.strategy]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +76,8 @@ class Plan:
     """Memory of interpreter, libraries and compiler, where it is the same memory as the model's."""
     flops: int
     """Floating-point operations of the whole run."""
+    processes: Processes | None = None
+    """Those that train together; the memory is that of the one that needs most, the first."""
 
     @property
     def total_bytes(self) -> int:
@@ -72,6 +99,7 @@ class Plan:
             "micro_batch": self.config.train.micro_batch,
             "gradient_checkpointing": self.config.train.gradient_checkpointing,
             "dtype_bytes": self.dtype_bytes,
+            "processes": None if self.processes is None else dataclasses.asdict(self.processes),
             "memory_bytes": {**_parts(self.memory), "libraries": self.library_bytes, "total": self.total_bytes},
             "flops": self.flops,
         }
@@ -91,7 +119,9 @@ class Plan:
             f"steps       {train.steps:,} of {sequences}{epochs}",
             f"tokens      {self.config.total_tokens:,}",
             f"at once     {train.micro_batch} sequences{', with gradient checkpointing' if train.gradient_checkpointing else ''}",
-            f"memory      {bytes_text(self.total_bytes)} at the peak of a step in {dtype}; of this, not all at once:",
+            *([] if self.processes is None else [f"processes   {_in_words(self.processes)}"]),
+            f"memory      {bytes_text(self.total_bytes)} at the peak of a step in {dtype}"
+            f"{'' if self.processes is None else ', in each process'}; of this, not all at once:",
             *(
                 f"  {name.replace('_', ' '):20}{bytes_text(size):>12}"
                 for name, size in {**_parts(self.memory), "libraries": self.library_bytes}.items()
@@ -101,7 +131,14 @@ class Plan:
         ]
 
 
-def plan_run(config: RunConfig, *, device: str, backend: str = "torch", rows: int | None = None) -> Plan:
+def plan_run(
+    config: RunConfig,
+    *,
+    device: str,
+    backend: str = "torch",
+    rows: int | None = None,
+    processes: Processes | None = None,
+) -> Plan:
     """The plan of a run with a framework on ``device`` (`auto`, `gpu`, `mps`, `cpu` or `cuda`).
 
     ``rows`` go through the model at once; left out, the micro-batch. Of a configuration that leaves this open, the least is planned.
@@ -117,14 +154,21 @@ def plan_run(config: RunConfig, *, device: str, backend: str = "torch", rows: in
         backend=backend,
         device=device,
         dtype_bytes=dtype_bytes,
-        memory=_memory(config, device_kind(device), backend, dtype_bytes=dtype_bytes, rows=rows),
-        library_bytes=library_bytes(config.train.compile, device, backend),
+        memory=_memory(config, device_kind(device), backend, dtype_bytes=dtype_bytes, rows=rows, processes=processes),
+        library_bytes=library_bytes(config.train.compile, device, backend, several=processes is not None),
+        processes=processes,
         flops=config.flops_per_token * config.total_tokens,
     )
 
 
 def _memory(
-    config: RunConfig, kind: Literal["cpu", "mps", "cuda"], backend: str, *, dtype_bytes: int, rows: int | None
+    config: RunConfig,
+    kind: Literal["cpu", "mps", "cuda"],
+    backend: str,
+    *,
+    dtype_bytes: int,
+    rows: int | None,
+    processes: Processes | None,
 ) -> MemoryForecast:
     mlx, micro_batch = backend == "mlx", config.train.fixed_micro_batch
     adamw_alone = config.lora.rank > 0 and config.lora.optimizer == "adamw"
@@ -140,8 +184,8 @@ def _memory(
         other_optimizer_bytes=4 if config.train.lean else 8,
         gradient_checkpointing=config.train.gradient_checkpointing is True,
         optimizer_scratch_bytes=scratch(kind, matrices) if matrices else 0,
-        gradients_held=config.batch_sequences > micro_batch,
-        narrow_gradients=not mlx and dtype_bytes == 2 and config.train.precision != "float16",
+        gradients_held=config.batch_sequences > micro_batch * (processes.count if processes else 1),
+        narrow_gradients=not mlx and processes is None and dtype_bytes == 2 and config.train.precision != "float16",
         segments=config.data.isolate_documents,
         adapter=config.lora,
         framework="mlx" if mlx else "torch",
@@ -149,6 +193,7 @@ def _memory(
         freed_is_returned=kind == "cpu" and returns_freed_memory(),
         # `auto` makes the copy only where there is room left; a GPU with memory of its own has it elsewhere.
         background_copy=config.train.save_in_background is True and kind != "cuda",
+        shards=processes.shards if processes else None,
     )
     if mlx or kind != "cuda" or not matrices:
         return memory
@@ -156,7 +201,13 @@ def _memory(
     return dataclasses.replace(memory, optimizer_scratch=scratch_bytes(kind, matrices, room=room))
 
 
-def library_bytes(compilation: str, device: str, backend: str) -> int:
+def _in_words(processes: Processes) -> str:
+    where = "" if processes.machines == 1 else f" on {processes.machines} machines"
+    parts = "the whole model" if processes.shards == 1 else f"one of {processes.shards} shards of the model"
+    return f"{processes.count}{where}, each with {parts} ({processes.strategy})"
+
+
+def library_bytes(compilation: str, device: str, backend: str, *, several: bool = False) -> int:
     """Memory of everything but the model. `auto` is counted as compiled, which is the larger of its possibilities."""
     if backend == "mlx":
         return MLX_LIBRARY_BYTES
@@ -164,7 +215,8 @@ def library_bytes(compilation: str, device: str, backend: str) -> int:
     if kind != "cpu":
         return MPS_LIBRARY_BYTES if kind == "mps" else CUDA_WORKSPACE_BYTES
     cuda = CUDA_LIBRARY_BYTES if _is_built_for_cuda() else 0
-    return LIBRARY_BYTES + cuda + (0 if compilation == "off" else COMPILER_BYTES)
+    uncompiled = RANKS_LIBRARY_BYTES if several else 0
+    return LIBRARY_BYTES + cuda + (uncompiled if compilation == "off" else COMPILER_BYTES)
 
 
 def device_kind(device: str) -> Literal["cpu", "mps", "cuda"]:

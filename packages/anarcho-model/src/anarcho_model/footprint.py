@@ -4,7 +4,8 @@ The forecast counts what PyTorch's autograd keeps when `token_logprobs` runs op 
 `anarcho_model.layers.torch`, and the tests compare it with the tensors that autograd really saves, and with the most that are alive
 at a time. A compiled step keeps less. The interpreter, the libraries and the device's context are not in it. With an adapter
 (`anarcho_model.lora`) only its weights have gradients and optimizer state; the frozen ones are kept, and in PyTorch their casts
-with them. What MLX does in another way is in `anarcho_model.footprint_mlx`.
+with them. What MLX does in another way is in `anarcho_model.footprint_mlx`, what one of several processes holds in
+`anarcho_model.footprint_ranks`.
 
 Notable: a step's peak is not the sum of its parts. Activations are alive before the gradients that replace them, so the
 total is the largest of the step's moments. One part is measured rather than derived, `allocator_slack`, and only where tensors lie
@@ -24,6 +25,7 @@ from typing import Literal
 
 from anarcho_model.config import ModelConfig
 from anarcho_model.footprint_mlx import MLX_LOGITS_CHUNK_BYTES, in_mlx, is_fused, mlx_block_bytes
+from anarcho_model.footprint_ranks import in_replicas, in_shards
 from anarcho_model.logprobs.chunks import chunk_tokens, default_chunk_bytes
 from anarcho_model.lora.config import LoraConfig, adapter_shapes
 
@@ -84,6 +86,18 @@ class MemoryForecast:
     """Freed memory that the process has not given back; measured, not derived."""
     gradients_held: bool
     """Whether gradients of earlier micro-batches are kept while the next one is computed."""
+    buckets: int = 0
+    """What gradients travel in between processes that each have the whole model; when all are there, gradients are parts of it."""
+    whole: int = 0
+    """Of a model in shards: what is whole from the beginning of a pass to its end."""
+    gathered: int = 0
+    """Of a model in shards: one block that is whole, and what the next is gathered in."""
+    handed_over: int = 0
+    """Of a model in shards: one block's whole gradients, and what they are handed over in."""
+    held_whole: int = 0
+    """Of a model in shards: gradients of earlier micro-batches, where they are held."""
+    start: int = 0
+    """What a process of several needs before its first step, on top of weights and optimizer state."""
     scratch_kept: bool = False
     """Whether the optimizer's scratch stays with the process from step to step, as in a heap that keeps what is freed."""
 
@@ -96,8 +110,9 @@ class MemoryForecast:
     @property
     def transient(self) -> int:
         """The largest moment of a step: what comes and goes on top of weights and optimizer state."""
-        held = self.gradients if self.gradients_held else 0
-        block = self.recomputed + self.backward_scratch + self.head_gradient
+        around = self.buckets + self.whole + self.gathered
+        held = around + ((self.held_whole or self.gradients) if self.gradients_held else 0)
+        block = self.recomputed + self.backward_scratch + self.head_gradient + self.handed_over
         saved = self.activations + self.weight_casts
         return max(
             self.activations + self.forward_casts + self.forward_chunk + held,
@@ -105,9 +120,10 @@ class MemoryForecast:
             saved + self.norm_scratch + self.head_gradient + held,
             saved - self.output_activations + block + held,
             self.first_block + block + held,
-            self.gradients + self.embedding_gradient,
+            self.gradients + self.embedding_gradient + self.whole,
             self.gradients + (0 if self.scratch_kept else self.optimizer_scratch),
-            self.checkpoint_copy,
+            (self.gradients if self.whole or self.buckets else 0) + self.checkpoint_copy,
+            self.start,
         )
 
 
@@ -132,6 +148,7 @@ def training_memory(
     framework: Literal["torch", "mlx"] = "torch",
     device: Literal["cpu", "mps", "cuda"] = "cpu",
     freed_is_returned: bool = False,
+    shards: int | None = None,
 ) -> MemoryForecast:
     """Forecast the memory of training steps.
 
@@ -154,6 +171,8 @@ def training_memory(
         framework: whose model it is.
         device: where it computes; `mps` is an Apple GPU in either framework. On `cuda` what is forecast is what the allocator hands out.
         freed_is_returned: on a CPU, whether large freed blocks go back to the system at once.
+        shards: of one of several processes (of PyTorch), into how many the model is parted, 1 where each has all of it; None is a process
+            alone. What a process computes at once is still `micro_batch`.
 
     Raises:
         ValueError: a size is not positive, `compute_dtype_bytes` is neither 2 nor 4, `weight_dtype_bytes` is neither this nor 4, or the
@@ -244,6 +263,19 @@ def training_memory(
             chunk_bytes=logits_chunk_bytes,
             adapter=lora,
             device=device,
+        )
+    if shards == 1:
+        forecast = in_replicas(forecast)
+    elif shards is not None:
+        own = _block_matrix_parameters(config) + 2 * config.dim + added // config.num_layers
+        forecast = in_shards(
+            replace(forecast, recomputed=block - kept if gradient_checkpointing else 0),
+            config,
+            shards=shards,
+            block_parameters=own,
+            trained_block_parameters=own if lora is None else added // config.num_layers,
+            compute=compute,
+            cpu=device == "cpu",
         )
     return _with_slack(forecast, device=device, freed_is_returned=freed_is_returned)
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from anarcho_cli.config import RunConfig
 from anarcho_cli.fitting.budget import USED_SHARE, memory_budget
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from anarcho_train import Ranks
     from anarcho_train.steps.torch_ranks import TorchRanks
     from anarcho_train.steps.torch_shards import Shards
+
+
+Strategy = Literal["ddp", "fsdp", "hybrid"]
+"""How processes share a model, as `train.strategy`."""
 
 
 class ProcessesError(ValueError):
@@ -90,7 +94,7 @@ def shared_out(model: GPT, config: RunConfig, ranks: TorchRanks, *, device: str)
     return Shards(model, list(model.model.layers), ranks, device=place, replicas=replicas, compute=compute)
 
 
-def smallest_strategy(needed: int, budget: int, *, machines: Sequence[int]) -> str:
+def smallest_strategy(needed: int, budget: int, *, machines: Sequence[int]) -> Strategy:
     """What moves the least between machines of so many processes each, where one needs ``needed`` bytes alone and has ``budget``."""
     if needed <= budget:
         return "ddp"
@@ -98,17 +102,25 @@ def smallest_strategy(needed: int, budget: int, *, machines: Sequence[int]) -> s
     return "hybrid" if together and needed / machines[0] <= budget else "fsdp"
 
 
-def _fitting(config: RunConfig, ranks: TorchRanks, machines: Sequence[int], *, device: str) -> str:
-    """What `auto` is, the same in all processes."""
+def fitting_strategy(config: RunConfig, budget_bytes: int, *, machines: Sequence[int], device: str) -> Strategy:
+    """What `auto` is where each process may hold so many bytes."""
+    return smallest_strategy(_needed_bytes(config, device), int(USED_SHARE * budget_bytes), machines=machines)
+
+
+def _needed_bytes(config: RunConfig, device: str) -> int:
     memory = plan_run(config, device=device).memory
-    needed = memory.weights + memory.gradients + memory.optimizer + memory.optimizer_scratch
+    return memory.weights + memory.gradients + memory.optimizer + memory.optimizer_scratch
+
+
+def _fitting(config: RunConfig, ranks: TorchRanks, machines: Sequence[int], *, device: str) -> Strategy:
+    """What `auto` is, the same in all processes."""
     here = 1 if device == "cuda" else _number(os.environ, "LOCAL_WORLD_SIZE", 1)
-    budget = int(USED_SHARE * memory_budget("torch", device) / here)
-    strategy = smallest_strategy(needed, int(ranks.gathered([budget]).min()), machines=machines)
+    budget = int(ranks.gathered([memory_budget("torch", device) // here]).min())
+    strategy = fitting_strategy(config, budget, machines=machines, device=device)
     if strategy != "ddp":
         note(
-            f"weights, gradients and optimizer state take {bytes_text(needed)}, and a process has {bytes_text(budget)} for them: they are "
-            f"shared out ({strategy})"
+            f"weights, gradients and optimizer state take {bytes_text(_needed_bytes(config, device))}, and a process has "
+            f"{bytes_text(int(USED_SHARE * budget))} for them: they are shared out ({strategy})"
         )
     return strategy
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from anarcho_cli.devices import Device
 from anarcho_cli.training_commands import (
@@ -17,6 +21,10 @@ from anarcho_cli.training_commands import (
     chosen_device,
 )
 
+if TYPE_CHECKING:
+    from anarcho_cli.config import RunConfig
+    from anarcho_cli.plan import Processes
+
 
 def plan(
     preset: PresetOption = "quickstart",
@@ -25,6 +33,8 @@ def plan(
     runs_dir: RunsDirOption = Path("runs"),
     device: DeviceOption = Device.auto,
     backend: BackendOption = None,
+    processes: Annotated[int, typer.Option(help="Of so many processes of PyTorch: what each takes.", min=1)] = 1,
+    machines: Annotated[int, typer.Option(help="On how many machines these are, as many on each.", min=1)] = 1,
     json: JsonOption = False,
 ) -> None:
     """Forecast a run's memory, disk and time, and the largest model that trains on this machine; nothing is written."""
@@ -41,9 +51,12 @@ def plan(
     framework = resolve_backend(chosen_backend(backend, file=file, overrides=overrides or []))
     name, place = framework.value, chosen_device(device, backend=framework)
     budget = memory_budget(name, place)
+    if place == "cpu":
+        budget //= max(1, processes // machines)
     if is_open(config):
         config = find(config, backend=name, device=place, budget_bytes=budget, probe=None).applied(config)
-    planned = plan_run(config, backend=name, device=place)
+    several = _several(config, name, place, count=processes, machines=machines, budget_bytes=budget)
+    planned = plan_run(config, backend=name, device=place, processes=several)
     outlook = look_out(
         planned,
         runs_dir=runs_dir,
@@ -56,3 +69,21 @@ def plan(
         print_json(outlook.to_dict())
     else:
         print("\n".join([*planned.lines(), *outlook.lines()]))
+
+
+def _several(
+    config: RunConfig, backend: str, device: str, *, count: int, machines: int, budget_bytes: int
+) -> Processes | None:
+    """The processes that were asked for, with the strategy that they would take; None where there is one."""
+    from anarcho_cli.back_ends.torch_processes import fitting_strategy
+    from anarcho_cli.plan import Processes
+
+    if count == 1:
+        return None
+    if backend != "torch":
+        raise ValueError(f"--processes forecasts those of PyTorch, not of {backend}; add --backend torch")
+    asked = Processes(count=count, machines=machines)
+    strategy = config.train.strategy
+    if strategy == "auto":
+        strategy = fitting_strategy(config, budget_bytes, machines=[count // machines] * machines, device=device)
+    return dataclasses.replace(asked, strategy=strategy)

@@ -10,7 +10,7 @@ from typing import Any
 from anarcho_monitor import MemoryReading, read_memory
 
 from anarcho_cli.config import RunConfig
-from anarcho_cli.plan import plan_run
+from anarcho_cli.plan import Processes, plan_run
 
 USED_SHARE = 0.85
 """How much of the budget a run may be expected to take; the rest is for what neither forecast nor probe has seen."""
@@ -78,12 +78,21 @@ def with_size(config: RunConfig, *, micro_batch: int, checkpointing: bool, **set
     return dataclasses.replace(config, train=train)
 
 
-def forecast_bytes(config: RunConfig, *, micro_batch: int, checkpointing: bool, backend: str, device: str) -> int:
-    """The forecast of the peak; two answers to one prompt are always together."""
+def forecast_bytes(
+    config: RunConfig,
+    *,
+    micro_batch: int,
+    checkpointing: bool,
+    backend: str,
+    device: str,
+    processes: Processes | None = None,
+) -> int:
+    """The forecast of the peak, of each of several processes; two answers to one prompt are always together."""
     rows = max(2, micro_batch) if config.data.kind == "preference" else micro_batch
     return plan_run(
         with_size(config, micro_batch=micro_batch, checkpointing=checkpointing),
         backend=backend,
         device=device,
         rows=rows,
+        processes=processes,
     ).total_bytes
