@@ -24,11 +24,12 @@ from anarcho_train import Alone, RankLost, Ranks, TrainResult, after_first, requ
 from anarcho_cli import config as configuration
 from anarcho_cli.attempt import Attempt, begin
 from anarcho_cli.back_ends import TrainingStep
+from anarcho_cli.back_ends.torch_processes import processes_of
 from anarcho_cli.config import RunConfig
 from anarcho_cli.data import RunData, open_run_data, prepared_directory
 from anarcho_cli.diagnostics import Diagnostics, diagnosed
 from anarcho_cli.disk_space import require_disk_space
-from anarcho_cli.fitting.decision import Fit, agreed
+from anarcho_cli.fitting.decision import Fit, agreed, is_open
 from anarcho_cli.fitting.run_fit import find_fit
 from anarcho_cli.models import CHECKPOINTS
 from anarcho_cli.output import note
@@ -256,8 +257,11 @@ def _train(
 
 def _find_fit(attempt: Attempt, config: RunConfig) -> Fit | None:
     """What all processes take for the settings that the configuration leaves open."""
+    name, device, processes = attempt.framework.NAME, attempt.device, None
+    if name == "torch" and attempt.ranks.size > 1 and is_open(config):
+        processes = processes_of(config, attempt.ranks, device=device)
     with after_first(attempt.ranks):
-        fit = find_fit(attempt.run_directory, config, backend=attempt.framework.NAME, device=attempt.device)
+        fit = find_fit(attempt.run_directory, config, backend=name, device=device, processes=processes)
     return agreed(fit, attempt.ranks)
 
 

@@ -6,7 +6,7 @@ Notable: torchrun's processes take the CUDA device of their number on the machin
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from itertools import groupby
 from typing import TYPE_CHECKING, Literal
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from anarcho_cli.config import RunConfig
 from anarcho_cli.fitting.budget import USED_SHARE, memory_budget
 from anarcho_cli.output import bytes_text, note
-from anarcho_cli.plan import plan_run
+from anarcho_cli.plan import Processes, plan_run
 
 if TYPE_CHECKING:
     from anarcho_model.torch import GPT
@@ -77,10 +77,7 @@ def shared_out(model: GPT, config: RunConfig, ranks: TorchRanks, *, device: str)
     from anarcho_train.steps.torch_settings import resolve_precision
     from anarcho_train.steps.torch_shards import Shards
 
-    machines = processes_by_machine(ranks, os.environ)
-    strategy = config.train.strategy
-    if strategy == "auto":
-        strategy = _fitting(config, ranks, machines, device=device)
+    strategy, machines = _agreed_strategy(config, ranks, device=device, notify=note)
     replicas = replicas_of(machines) if strategy == "hybrid" else 1
     if strategy == "ddp" or replicas == ranks.size:
         return None
@@ -92,6 +89,12 @@ def shared_out(model: GPT, config: RunConfig, ranks: TorchRanks, *, device: str)
             "bfloat16 or float32"
         )
     return Shards(model, list(model.model.layers), ranks, device=place, replicas=replicas, compute=compute)
+
+
+def processes_of(config: RunConfig, ranks: Ranks, *, device: str) -> Processes:
+    """What there is to be planned for: the ranks, as `shared_out` will share the model among them."""
+    strategy, machines = _agreed_strategy(config, ranks, device=device)
+    return Processes(count=ranks.size, machines=len(machines) if len(set(machines)) == 1 else 1, strategy=strategy)
 
 
 def smallest_strategy(needed: int, budget: int, *, machines: Sequence[int]) -> Strategy:
@@ -112,17 +115,22 @@ def _needed_bytes(config: RunConfig, device: str) -> int:
     return memory.weights + memory.gradients + memory.optimizer + memory.optimizer_scratch
 
 
-def _fitting(config: RunConfig, ranks: TorchRanks, machines: Sequence[int], *, device: str) -> Strategy:
-    """What `auto` is, the same in all processes."""
+def _agreed_strategy(
+    config: RunConfig, ranks: Ranks, *, device: str, notify: Callable[[str], None] = lambda message: None
+) -> tuple[Strategy, list[int]]:
+    """The strategy, the same in all processes, and how many each machine has."""
+    machines = processes_by_machine(ranks, os.environ)
+    if config.train.strategy != "auto":
+        return config.train.strategy, machines
     here = 1 if device == "cuda" else _number(os.environ, "LOCAL_WORLD_SIZE", 1)
     budget = int(ranks.gathered([memory_budget("torch", device) // here]).min())
     strategy = fitting_strategy(config, budget, machines=machines, device=device)
     if strategy != "ddp":
-        note(
+        notify(
             f"weights, gradients and optimizer state take {bytes_text(_needed_bytes(config, device))}, and a process has "
             f"{bytes_text(int(USED_SHARE * budget))} for them: they are shared out ({strategy})"
         )
-    return strategy
+    return strategy, machines
 
 
 def processes_by_machine(ranks: Ranks, environ: Mapping[str, str]) -> list[int]:

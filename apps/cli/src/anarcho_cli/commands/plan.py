@@ -53,9 +53,10 @@ def plan(
     budget = memory_budget(name, place)
     if place == "cpu":
         budget //= max(1, processes // machines)
-    if is_open(config):
-        config = find(config, backend=name, device=place, budget_bytes=budget, probe=None).applied(config)
     several = _several(config, name, place, count=processes, machines=machines, budget_bytes=budget)
+    if is_open(config):
+        fit = find(config, backend=name, device=place, budget_bytes=budget, probe=None, processes=several)
+        config = fit.applied(config)
     planned = plan_run(config, backend=name, device=place, processes=several)
     outlook = look_out(
         planned,

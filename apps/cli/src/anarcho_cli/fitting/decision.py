@@ -16,6 +16,7 @@ from anarcho_train import LinearPeak, Ranks, divisors
 from anarcho_cli.config import RunConfig
 from anarcho_cli.fitting.budget import LEAST_TOKENS, USED_SHARE, USEFUL_TOKENS, forecast_bytes, with_size
 from anarcho_cli.output import bytes_text
+from anarcho_cli.plan import Processes
 
 FORECAST_SHARE = 0.5
 """Up to this share of what may be used, the forecast need not be checked; it was never wrong by a half."""
@@ -114,14 +115,25 @@ def agreed(fit: Fit | None, ranks: Ranks) -> Fit | None:
     )
 
 
-def find(config: RunConfig, *, backend: str, device: str, budget_bytes: int, probe: Probe | None) -> Fit:
-    """The largest useful micro-batch that fits; without a ``probe``, by the forecast alone."""
-    return _Search(config, backend=backend, device=device, budget_bytes=budget_bytes).run(probe)
+def find(
+    config: RunConfig,
+    *,
+    backend: str,
+    device: str,
+    budget_bytes: int,
+    probe: Probe | None,
+    processes: Processes | None = None,
+) -> Fit:
+    """The largest useful micro-batch that fits, of one process or of each of several; without a ``probe``, by the forecast alone."""
+    search = _Search(config, backend=backend, device=device, budget_bytes=budget_bytes, processes=processes)
+    return search.run(probe)
 
 
 class _Search:
-    def __init__(self, config: RunConfig, *, backend: str, device: str, budget_bytes: int) -> None:
-        self._config, self._backend, self._device = config, backend, device
+    def __init__(
+        self, config: RunConfig, *, backend: str, device: str, budget_bytes: int, processes: Processes | None
+    ) -> None:
+        self._config, self._backend, self._device, self._processes = config, backend, device, processes
         self._budget, self._limit = budget_bytes, USED_SHARE * budget_bytes
         self._length = config.sequence_length
         self._family = device if device in USEFUL_TOKENS else "cpu"
@@ -193,7 +205,12 @@ class _Search:
 
     def _forecast(self, size: int, checkpointing: bool) -> int:
         return forecast_bytes(
-            self._config, micro_batch=size, checkpointing=checkpointing, backend=self._backend, device=self._device
+            self._config,
+            micro_batch=size,
+            checkpointing=checkpointing,
+            backend=self._backend,
+            device=self._device,
+            processes=self._processes,
         )
 
     def _fit(self, size: int, checkpointing: bool, *, needed: int, reason: str, peaks: dict[int, int]) -> Fit:
