@@ -52,6 +52,7 @@ _SAFE = {
         "log_every",
         "micro_batch",
         "gradient_checkpointing",
+        "update_in_backward",
         "strategy",
         "rank_timeout_seconds",
     ),

@@ -194,6 +194,12 @@ class GPT(nn.Module):
         linear = (module for module in self.model.layers.modules() if isinstance(module, nn.Linear))
         return [module.weight for module in linear if module.weight.requires_grad]
 
+    def update_parts(self) -> list[list[Tensor]]:
+        """The weights whose gradients become whole at about the same time: a block's, and all others each by itself."""
+        blocks: list[list[Tensor]] = [list(block.parameters()) for block in self.model.layers]
+        known = {id(parameter) for block in blocks for parameter in block}
+        return [*blocks, *([p] for p in self.parameters() if id(p) not in known)]
+
     def compile_parts(self, backend: str | None = "inductor") -> None:
         """Compile each block, and the log-probabilities, by itself, with a backend of torch.compile; None takes that back.
 

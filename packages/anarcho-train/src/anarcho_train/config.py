@@ -67,6 +67,11 @@ class TrainConfig:
     """Whether each block's activations are computed again in the backward pass instead of being kept.
 
     `auto` does so where a useful number of sequences would not fit otherwise, found before the first step."""
+    update_in_backward: bool = False
+    """Whether a block's weights are updated within the backward pass, as soon as their gradients are there, which then make room.
+
+    For one process of PyTorch without clipping (`grad_clip = 0`); it saves memory where a step has one micro-batch. Where a gradient is not
+    finite, its block alone is left as it is."""
     neftune_alpha: float = 0.0
     """Noise on the embeddings while a model is tuned on conversations (NEFTune), usually 5 to 15; 0 adds none.
 
@@ -106,6 +111,11 @@ class TrainConfig:
         if self.lean and self.precision not in ("auto", "bfloat16"):
             raise ValueError(
                 f"train.lean is true and train.precision is {self.precision!r}; expected 'bfloat16' or 'auto'"
+            )
+        if self.update_in_backward and self.grad_clip:
+            raise ValueError(
+                f"train.update_in_backward is true and train.grad_clip is {self.grad_clip}, but the norm of all gradients is known only "
+                "when all are there; expected grad_clip = 0"
             )
         if self.epochs is not None and not 0 < self.epochs < float("inf"):
             raise ValueError(f"train.epochs is {self.epochs}; expected a positive number, or leave the key out")

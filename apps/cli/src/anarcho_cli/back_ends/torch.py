@@ -35,8 +35,9 @@ def require_supported(config: RunConfig, device: str) -> None:
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         require_devices(device)
-        if config.train.lean:
-            raise ValueError("train.lean is true with several processes; expected false, or one process")
+        for key in ("lean", "update_in_backward"):
+            if getattr(config.train, key):
+                raise ValueError(f"train.{key} is true with several processes; expected false, or one process")
     precision = resolve_precision(config.train.precision, torch.device(device))
     if config.train.lean and precision != torch.bfloat16:
         raise ValueError(

@@ -17,6 +17,7 @@ Sources: Muon, Keller Jordan (https://kellerjordan.github.io/posts/muon/); AdamW
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
@@ -86,6 +87,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self, params: Iterable[Any], defaults: Group, step: fused.FusedStep, *, state_dtype: torch.dtype = torch.float32
     ) -> None:
         self._fused, self._state_dtype = step, state_dtype
+        self._fused_parts: dict[tuple[int, ...], fused.FusedStep] = {}
         self._step_supports_amp_scaling = (
             True  # so `torch.amp.GradScaler` leaves both to the step, and waits for nothing
         )
@@ -142,7 +144,12 @@ class MuonAdamW(torch.optim.Optimizer):
             }
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"_fused": self._fused, "_state_dtype": self._state_dtype, "_step_supports_amp_scaling": True}
+        own = {
+            "_fused": self._fused,
+            "_fused_parts": {},
+            "_state_dtype": self._state_dtype,
+            "_step_supports_amp_scaling": True,
+        }
         return super().__getstate__() | own
 
     @torch.no_grad()
@@ -152,18 +159,30 @@ class MuonAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._update()
+        self._update(self.param_groups, self._fused)
         return loss
+
+    @torch.no_grad()
+    def step_of(self, parameters: Iterable[Tensor]) -> None:
+        """One update of these parameters alone, for example within a backward pass, where their gradients are there before others'.
+
+        Calls with the same parameters are as fast as whole steps of so many.
+        """
+        chosen = {id(p): p for p in parameters}
+        groups = [group | {"params": [p for p in group["params"] if id(p) in chosen]} for group in self.param_groups]
+        key = tuple(sorted(chosen))
+        fused = self._fused_parts.setdefault(key, copy.deepcopy(self._fused)) if key else self._fused
+        self._update(groups, fused)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's."""
         unguarded(super().zero_grad)(set_to_none)
 
     @uncompiled
-    def _update(self) -> None:
-        check_gradients(self.param_groups)
+    def _update(self, groups: list[Group], fused: fused.FusedStep) -> None:
+        check_gradients(groups)
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        rest = self._fused.step(self.param_groups, self.state, found_inf=found_inf, grad_scale=grad_scale)
+        rest = fused.step(groups, self.state, found_inf=found_inf, grad_scale=grad_scale)
         if found_inf is not None and any(group["params"] for group in rest) and bool(found_inf):
             return
         for group in rest:

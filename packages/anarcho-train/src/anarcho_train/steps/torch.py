@@ -30,6 +30,7 @@ from anarcho_train.step import Batch, LossSum, StepMetrics, StepSchedule
 from anarcho_train.steps.torch_anomalies import CheckedLoss, first_anomaly
 from anarcho_train.steps.torch_files import StateFiles
 from anarcho_train.steps.torch_gradients import GradientTypes, clipped, total_norm
+from anarcho_train.steps.torch_in_backward import UpdatesInBackward
 from anarcho_train.steps.torch_memory import RandomState, empty_caches, forget_updates
 from anarcho_train.steps.torch_ranks import TorchRanks
 from anarcho_train.steps.torch_replicas import Replicas
@@ -152,7 +153,10 @@ class TorchStep:
         self._ranks.join_devices(self.device)
         self._logprobs: Callable[..., Tensor] = model.token_logprobs  # type: ignore[assignment]
         self._parts = shards or Replicas(
-            model, self._ranks, logprobs=lambda *tensors, **named: self._logprobs(*tensors, **named)
+            model,
+            self._ranks,
+            logprobs=lambda *tensors, **named: self._logprobs(*tensors, **named),
+            in_parts=config.update_in_backward,
         )
         if self.compiled:
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_COMPILED_SHAPES)
@@ -169,11 +173,14 @@ class TorchStep:
         )
         self._begin, self._first_random = begin, RandomState(self.device)
         self._keeps_state = bool(optimizer.state)
-        self._updating = False
+        self._updating, self._sizes_before = False, None
         gated = getattr(optimizer, "_step_supports_amp_scaling", False)
         self._decides_on_device = gated and self.device.type == "cuda" and not self._scaler.is_enabled()
         self._last_update = Done(self.device) if self._several else None
         self._gradients = GradientTypes(model, optimizer, compute=self.precision)
+        self._at_once = UpdatesInBackward(model, optimizer) if config.update_in_backward else None
+        if self._at_once and (self._several or self._scaler.is_enabled()):
+            raise ValueError("train.update_in_backward is true; expected one process, and no float16")
         if shards is not None:
             shards.serve()
         elif self._several:
@@ -194,18 +201,20 @@ class TorchStep:
         weight = share.weight
         self._apply(schedule)
         try:
-            measured = self._accumulate(micro_batches, share, number=schedule.number)
+            measured = self._accumulate(micro_batches, share, schedule)
         except Exception as error:
             if not (
                 self.compiled
                 and self._may_fall_back
+                and not self._updating
                 and type(error).__module__.startswith(("torch._inductor", "torch._dynamo"))
             ):
                 raise
             self._leave_compilation(error)
-            measured = self._accumulate(micro_batches, share, number=schedule.number)
+            measured = self._accumulate(micro_batches, share, schedule)
         self._may_fall_back = False
         update = self._update_on_device if self._decides_on_device else self._update
+        update = self._updated_at_once if self._at_once else update
         values = self._ranks.sum(measured.values.sum(0, keepdim=True)) if self._several else measured.values
         found = self._updated(lambda: update(values, weight, schedule))
         total = _total(measured.names, found.measured, weight=weight)
@@ -278,6 +287,29 @@ class TorchStep:
         rows = torch.tensor(values, dtype=torch.float64).view(measured.shape).tolist()
         return _Update(measured=rows, grad_norm=grad_norm, updated=bool(updated), sizes=sizes)
 
+    def _updated_at_once(self, measured: Tensor, weight: float, schedule: StepSchedule) -> _Update:
+        """Reads what has been done within the backward pass."""
+        assert self._at_once is not None
+        numbers = torch.cat((torch.stack((self._at_once.norm, self._at_once.updated)), measured.flatten()))
+        grad_norm, updated, *values = Later(numbers).read() if self.device.type == "cuda" else numbers.tolist()
+        rows = torch.tensor(values, dtype=torch.float64).view(measured.shape).tolist()
+        return _Update(measured=rows, grad_norm=grad_norm, updated=bool(updated), sizes=self._sizes_before)
+
+    @contextmanager
+    def _updating_at_once(self, losses: Sequence[Tensor], weight: float, schedule: StepSchedule) -> Iterator[None]:
+        """Within the block, the last backward pass of a step, weights change, if the step's ``losses`` allow that."""
+        if self._at_once is None:
+            yield
+            return
+        loss = torch.stack(list(losses)).sum()
+        wanted = loss.isfinite() & (weight > 0)
+        if schedule.max_loss is not None:
+            wanted &= loss <= schedule.max_loss * weight
+        self._sizes_before = self._sizes() if schedule.measure_update else None
+        self._updating = True
+        with self._at_once.during(wanted=wanted):
+            yield
+
     @contextmanager
     def _update_under_way(self) -> Iterator[None]:
         """Weights and state are neither before nor after the update until it is done, by the device as well."""
@@ -307,7 +339,7 @@ class TorchStep:
         self._logprobs, self._loss = self.model.token_logprobs, CheckedLoss(loss)  # type: ignore[assignment]
 
         def again() -> None:
-            self._backward(self._logprobs, micro_batches, share, number=schedule.number)
+            self._backward(self._logprobs, micro_batches, share, schedule)
 
         try:
             return first_anomaly(self.model, again)
@@ -392,12 +424,12 @@ class TorchStep:
             if schedule.momentum is not None and "momentum" in group:
                 group["momentum"] = schedule.momentum
 
-    def _accumulate(self, micro_batches: Sequence[Batch], share: _Share, *, number: int) -> _Sums:
+    def _accumulate(self, micro_batches: Sequence[Batch], share: _Share, schedule: StepSchedule) -> _Sums:
         """Gradients of all micro-batches, those of other ranks included, and what was measured on each of this rank."""
-        return self._backward(self._parts, micro_batches, share, number=number)
+        return self._backward(self._parts, micro_batches, share, schedule)
 
     def _backward(
-        self, logprobs: Callable[..., Tensor], micro_batches: Sequence[Batch], share: _Share, *, number: int
+        self, logprobs: Callable[..., Tensor], micro_batches: Sequence[Batch], share: _Share, schedule: StepSchedule
     ) -> _Sums:
         """Gradients that ``logprobs`` gives; where it is that of all ranks together, the last backward pass is for their exchange."""
         together = logprobs is self._parts
@@ -409,7 +441,7 @@ class TorchStep:
 
         def forward(batch: Batch, counted: float) -> Tensor:
             nonlocal first_row
-            draws = self._draws(batch, step=number, first_row=first_row) if self._draws else {}
+            draws = self._draws(batch, step=schedule.number, first_row=first_row) if self._draws else {}
             with record_function("forward"):
                 loss, measures = self._batch_loss(logprobs, batch, draws)
             if not counted:
@@ -428,7 +460,9 @@ class TorchStep:
                 with self._parts.local() if together else nullcontext():
                     backward(forward(*batch))
             loss = forward(*last)
-        with self._parts.agreed() if together else nullcontext(), self._parts.exchanging():
+        losses = [loss for loss, _ in found]
+        at_once = self._updating_at_once(losses, share.weight, schedule) if together else nullcontext()
+        with self._parts.agreed() if together else nullcontext(), self._parts.exchanging(), at_once:
             backward(loss)
         return _sums(found)
 

@@ -30,9 +30,13 @@ class Replicas:
     shared = False
     """Whether a forward pass needs all processes."""
 
-    def __init__(self, model: nn.Module, ranks: TorchRanks, *, logprobs: Callable[..., Tensor]) -> None:
-        """``logprobs`` is what trains ``model``, however it is compiled."""
+    def __init__(
+        self, model: nn.Module, ranks: TorchRanks, *, logprobs: Callable[..., Tensor], in_parts: bool = False
+    ) -> None:
+        """``logprobs`` is what trains ``model``, however it is compiled: ``in_parts``, if that saves memory, or whole."""
         self._model, self._ranks, self._logprobs = model, ranks, logprobs
+        wanted = in_parts or getattr(model, "gradient_checkpointing", False)
+        self._compiles_parts = wanted and hasattr(model, "compile_parts")
         self._sent, self._waited = 0, Waited(next(model.parameters()).device)
         self._averaged: DistributedDataParallel | None = None
 
@@ -40,19 +44,15 @@ class Replicas:
         """The function compiled, for batches of a few shapes; where memory is to be saved, in parts."""
         # Cut into the buckets of its gradients, the model could not have operators of its own.
         torch._dynamo.config.optimize_ddp = False
-        if self._saves_memory:
+        if self._compiles_parts:
             self._model.compile_parts()  # type: ignore[operator]
             return logprobs
         return torch.compile(logprobs, dynamic=False)
 
     def leave_compilation(self) -> None:
         """The model is as it was."""
-        if self._saves_memory:
+        if self._compiles_parts:
             self._model.compile_parts(None)  # type: ignore[operator]
-
-    @property
-    def _saves_memory(self) -> bool:
-        return bool(getattr(self._model, "gradient_checkpointing", False)) and hasattr(self._model, "compile_parts")
 
     def padded(self, micro_batches: Sequence[Any], most: int) -> list[tuple[Any, float]]:
         """The micro-batches, each with what its loss counts."""
