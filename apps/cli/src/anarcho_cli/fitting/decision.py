@@ -137,7 +137,7 @@ class _Search:
         self._budget, self._limit = budget_bytes, USED_SHARE * budget_bytes
         self._length = config.sequence_length
         self._family = device if device in USEFUL_TOKENS else "cpu"
-        sizes = _candidates(config)
+        sizes = _candidates(config, processes)
         self._sequences = sizes[-1]
         open_size = config.train.micro_batch == "auto"
         useful = [size for size in sizes if size * self._length <= USEFUL_TOKENS[self._family]]
@@ -225,6 +225,8 @@ class _Search:
         )
 
 
-def _candidates(config: RunConfig) -> list[int]:
-    """The sizes that divide a step, or a batch of pairs."""
-    return divisors(config.bucket_sequences if config.data.kind == "preference" else config.batch_sequences)
+def _candidates(config: RunConfig, processes: Processes | None = None) -> list[int]:
+    """The sizes that divide a step, or one of several processes' share of it, or a batch of pairs."""
+    if config.data.kind == "preference":
+        return divisors(config.bucket_sequences)
+    return divisors(max(1, config.batch_sequences // (processes.count if processes else 1)))
