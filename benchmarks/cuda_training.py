@@ -3,8 +3,9 @@
     python benchmarks/cuda_training.py 4096:16:muon 4096:16:adamw 4096:1:muon:checkpointing --json cuda_training.jsonl --markdown table.md
 
 A job is `context:batch:optimizer`, and what else is set for it: `:checkpointing` if each block keeps its input alone, `:lean` for our
-weights and state in bfloat16, `:layers=24` or `:dim=1536` for another size (heads have 64 columns). Both sides make whole optimizer steps
-on the same random tokens, compiled, matrix products in bfloat16, weights and optimizer state in float32:
+weights and state in bfloat16, `:at_once` for our updates within the backward pass (without clipping), `:layers=24` or `:dim=1536` for
+another size (heads have 64 columns). Both sides make whole optimizer steps on the same random tokens, compiled, matrix products in
+bfloat16, weights and optimizer state in float32:
 
 * ours is the trainer's own step: clipping included, and the loss read after every step, with the temporary memory that a run gives its
   optimizer; `muon` is this project's optimizer, and so is `adamw`, with every parameter in its AdamW half; `forecast` is what a run would
@@ -81,6 +82,7 @@ class Job:
     dim: int
     checkpointing: bool = False
     lean: bool = False
+    at_once: bool = False
 
     @classmethod
     def parse(cls, text: str, *, layers: int, dim: int) -> Job:
@@ -90,7 +92,9 @@ class Job:
         for setting in settings:
             key, _, value = setting.partition("=")
             if key not in cls.__dataclass_fields__ or (key in options) != bool(value):
-                raise ValueError(f"the job {text} has {setting}; expected checkpointing, lean, layers=N or dim=N")
+                raise ValueError(
+                    f"the job {text} has {setting}; expected checkpointing, lean, at_once, layers=N or dim=N"
+                )
             options[key] = int(value) if value else True
         if optimizer not in ("muon", "adamw"):
             raise ValueError(f"the job is {text}; expected context:batch:muon or context:batch:adamw, and settings")
@@ -221,7 +225,12 @@ def _our_step(job: Job, config: ModelConfig, ids: np.ndarray, options: argparse.
             state_dtype=torch.bfloat16 if job.lean else torch.float32,
             stochastic_rounding=job.lean,
         ),
-        config=TrainConfig(precision="bfloat16", compile=options.compile),
+        config=TrainConfig(
+            precision="bfloat16",
+            compile=options.compile,
+            grad_clip=0.0 if job.at_once else 1.0,
+            update_in_backward=job.at_once,
+        ),
         save_model=lambda model, directory: None,
         load_model=lambda model, directory: None,
     )
@@ -239,13 +248,14 @@ def _forecast(job: Job, config: ModelConfig) -> tuple[int, int]:
         weight_dtype_bytes=2 if job.lean else 4,
         gradient_checkpointing=job.checkpointing,
         gradients_held=False,
+        gradients_freed=job.at_once,
         narrow_gradients=True,
         device="cuda",
         **{key: size // 2 if job.lean else size for key, size in state.items()},
     )
     shapes = config.tensor_shapes().items()
     matrices = sum(math.prod(shape) for name, shape in shapes if len(shape) == 2 and ".layers." in name)
-    scratch = scratch_bytes("cuda", matrices, room=memory.transient - memory.gradients)
+    scratch = scratch_bytes("cuda", matrices, room=memory.transient - memory.before_update)
     return replace(memory, optimizer_scratch=scratch).total + CUDA_WORKSPACE_BYTES, scratch
 
 

@@ -93,7 +93,24 @@ def test_on_cuda_the_forecast_of_activations_is_what_its_own_operations_save(mon
     assert forecast.activations == pytest.approx(saved.num_bytes, rel=0.01)
 
 
-def peak_of_step(model: GPT, tokens: torch.Tensor, *, autocast: bool, held: bool, narrow: bool) -> int:
+def free_at_once(model: GPT) -> None:
+    """Gradients of a part are gone when its last one is there."""
+    for part in model.update_parts():
+        arrived: set[int] = set()
+
+        def use(parameter: torch.Tensor, part: list[torch.Tensor] = part, arrived: set[int] = arrived) -> None:
+            arrived.add(id(parameter))
+            if len(arrived) == len(part):
+                for other in part:
+                    other.grad = None
+
+        for parameter in part:
+            parameter.register_post_accumulate_grad_hook(use)
+
+
+def peak_of_step(
+    model: GPT, tokens: torch.Tensor, *, autocast: bool, held: bool, narrow: bool, freed: bool = False
+) -> int:
     """The most bytes of tensors that are alive at a time in a step, beyond the weights; the second one, if gradients are ``held``."""
 
     def step() -> None:
@@ -105,6 +122,8 @@ def peak_of_step(model: GPT, tokens: torch.Tensor, *, autocast: bool, held: bool
         weight.grad_dtype = torch.bfloat16
     for weight in model.parameters() if held else []:
         weight.grad_dtype = torch.float32
+    if freed:
+        free_at_once(model)
     if held:
         step()
     before = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
@@ -117,15 +136,17 @@ def peak_of_step(model: GPT, tokens: torch.Tensor, *, autocast: bool, held: bool
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
-    ("autocast", "held", "narrow", "lean"),
+    ("autocast", "held", "narrow", "lean", "freed"),
     [
-        (False, False, False, False),
-        (False, True, False, False),
-        (True, False, False, False),
-        (True, True, False, False),
-        (True, False, True, False),
-        (True, False, True, True),
-        (True, True, False, True),
+        (False, False, False, False, False),
+        (False, True, False, False, False),
+        (True, False, False, False, False),
+        (True, True, False, False, False),
+        (True, False, True, False, False),
+        (True, False, True, True, False),
+        (True, True, False, True, False),
+        (True, False, True, False, True),
+        (True, False, True, True, True),
     ],
 )
 @pytest.mark.parametrize(
@@ -139,7 +160,7 @@ def peak_of_step(model: GPT, tokens: torch.Tensor, *, autocast: bool, held: bool
     ids=["plain", "grouped", "large vocabulary", "untied"],
 )
 def test_the_forecast_of_a_steps_peak_is_within_two_percent_of_the_tensors_alive(
-    shape, rows, autocast, checkpointing, held, narrow, lean
+    shape, rows, autocast, checkpointing, held, narrow, lean, freed
 ):
     model = GPT(ModelConfig(**shape)).to(torch.bfloat16 if lean else torch.float32)
     model.gradient_checkpointing = checkpointing
@@ -155,8 +176,9 @@ def test_the_forecast_of_a_steps_peak_is_within_two_percent_of_the_tensors_alive
         logits_chunk_bytes=model.logits_chunk_bytes,
         gradients_held=held,
         narrow_gradients=narrow,
+        gradients_freed=freed,
     )
-    measured = peak_of_step(model, tokens, autocast=autocast, held=held, narrow=narrow)
+    measured = peak_of_step(model, tokens, autocast=autocast, held=held, narrow=narrow, freed=freed)
     assert forecast.transient == pytest.approx(measured, rel=0.02)
 
 

@@ -186,6 +186,7 @@ def _memory(
         optimizer_scratch_bytes=scratch(kind, matrices) if matrices else 0,
         gradients_held=config.batch_sequences > micro_batch * (processes.count if processes else 1),
         narrow_gradients=not mlx and processes is None and dtype_bytes == 2 and config.train.precision != "float16",
+        gradients_freed=config.train.update_in_backward,
         segments=config.data.isolate_documents,
         adapter=config.lora,
         framework="mlx" if mlx else "torch",
@@ -197,7 +198,7 @@ def _memory(
     )
     if mlx or kind != "cuda" or not matrices:
         return memory
-    room = dataclasses.replace(memory, optimizer_scratch=0).transient - memory.gradients
+    room = dataclasses.replace(memory, optimizer_scratch=0).transient - memory.before_update
     return dataclasses.replace(memory, optimizer_scratch=scratch_bytes(kind, matrices, room=room))
 
 

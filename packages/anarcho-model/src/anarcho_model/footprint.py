@@ -86,6 +86,8 @@ class MemoryForecast:
     """Freed memory that the process has not given back; measured, not derived."""
     gradients_held: bool
     """Whether gradients of earlier micro-batches are kept while the next one is computed."""
+    gradients_freed: bool = False
+    """Whether gradients are used, and gone, as soon as a block's are there; `gradients` are then one block's, or the embedding's."""
     buckets: int = 0
     """What gradients travel in between processes that each have the whole model; when all are there, gradients are parts of it."""
     whole: int = 0
@@ -108,6 +110,13 @@ class MemoryForecast:
         return self.weights + self.optimizer + scratch + self.transient + self.background_copy + self.allocator_slack
 
     @property
+    def before_update(self) -> int:
+        """What there is of a step when the optimizer begins its update, or the first part of it."""
+        if not self.gradients_freed:
+            return self.gradients
+        return self.gradients + self.activations + self.weight_casts - self.output_activations + self.head_gradient
+
+    @property
     def transient(self) -> int:
         """The largest moment of a step: what comes and goes on top of weights and optimizer state."""
         around = self.buckets + self.whole + self.gathered
@@ -121,7 +130,7 @@ class MemoryForecast:
             saved - self.output_activations + block + held,
             self.first_block + block + held,
             self.gradients + self.embedding_gradient + self.whole,
-            self.gradients + (0 if self.scratch_kept else self.optimizer_scratch),
+            self.before_update + (0 if self.scratch_kept else self.optimizer_scratch),
             (self.gradients if self.whole or self.buckets else 0) + self.checkpoint_copy,
             self.start,
         )
@@ -141,6 +150,7 @@ def training_memory(
     logits_chunk_bytes: int | None = None,
     gradients_held: bool = True,
     narrow_gradients: bool = False,
+    gradients_freed: bool = False,
     segments: bool = False,
     host_copy: bool = False,
     background_copy: bool = False,
@@ -164,6 +174,7 @@ def training_memory(
         logits_chunk_bytes: as the model's attribute; None is what it is by default.
         gradients_held: whether a step has several micro-batches, or gradients are zeroed in place rather than freed.
         narrow_gradients: whether gradients that are not held stay in the compute dtype where nothing is added to them.
+        gradients_freed: whether gradients are used, and gone, within the backward pass, as soon as a block's are there.
         segments: whether documents are isolated by a mask.
         host_copy: whether saving copies from a device into the same memory, as on a Mac.
         background_copy: whether checkpoints are written from a copy in the same memory while training goes on.
@@ -196,8 +207,11 @@ def training_memory(
     matrices = config.num_layers * _block_matrix_parameters(config)
     added = 0 if lora is None else sum(rows * columns for rows, columns in adapter_shapes(config, lora).values())
     weights = stored * (config.num_parameters + added)
+    freed = gradients_freed and not gradients_held
     if lora is None:
         gradients = gradient * matrices + other_gradient * (config.num_parameters - matrices)
+        if freed:
+            gradients = max(gradient * matrices // config.num_layers, head)
         optimizer = matrix_optimizer_bytes * matrices + other_optimizer_bytes * (config.num_parameters - matrices)
     else:
         gradients = gradient * added
@@ -223,7 +237,7 @@ def training_memory(
         optimizer_scratch=optimizer_scratch_bytes,
         activations=config.num_layers * kept + output,
         output_activations=output,
-        first_block=kept + (0 if gradient_checkpointing else casts) + (0 if gradients_held else later),
+        first_block=kept + (0 if gradient_checkpointing else casts) + (0 if gradients_held or freed else later),
         recomputed=block - kept + casts if gradient_checkpointing else 0,
         weight_casts=0 if gradient_checkpointing else all_casts,
         forward_casts=0 if gradient_checkpointing else all_casts,
@@ -252,6 +266,7 @@ def training_memory(
         background_copy=weights + optimizer if background_copy else 0,
         allocator_slack=0,
         gradients_held=gradients_held,
+        gradients_freed=freed,
     )
     if framework == "mlx":
         return in_mlx(
