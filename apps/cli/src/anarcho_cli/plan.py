@@ -22,17 +22,16 @@ FLOAT32_BYTES = 4
 
 LIBRARY_BYTES, CUDA_LIBRARY_BYTES = 295 * 2**20, 305 * 2**20
 """Resident memory of Python with PyTorch, its optimizer modules and the rest, without the tensors, and what PyTorch built for CUDA adds to
-it on a CPU, too. Measured on Linux: the peak of steps less the tensors that were alive then was 780 to 800 MB in twelve configurations."""
+it on a CPU, too. Measured on Linux: the peak of steps less the tensors that were alive then was 630 to 650 MB in ten configurations."""
 MPS_LIBRARY_BYTES = 850 * 2**20
 """The same on a Mac, where it is not measured yet."""
 CUDA_WORKSPACE_BYTES = 64 * 2**20
 """What cuBLAS works in, taken from the device's allocator: on an H100, steps of most models took so much beside their tensors."""
-RANKS_LIBRARY_BYTES = 150 * 2**20
-"""What PyTorch loads to train in several processes; its compiler is part of that."""
 MLX_LIBRARY_BYTES = 100 * 2**20
 """The same of Python with MLX, whose compiled functions are small; measured on Linux."""
-COMPILER_BYTES = 500 * 2**20
-"""What torch.compile adds to it; measured on Linux with the reference model."""
+LOADED_COMPILER_BYTES, COMPILER_BYTES = 150 * 2**20, 350 * 2**20
+"""What PyTorch's compiler takes when it is loaded, as it is for gradient checkpointing and to train in several processes, and what compiling
+the reference model adds; measured on Linux."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +154,12 @@ def plan_run(
         device=device,
         dtype_bytes=dtype_bytes,
         memory=_memory(config, device_kind(device), backend, dtype_bytes=dtype_bytes, rows=rows, processes=processes),
-        library_bytes=library_bytes(config.train.compile, device, backend, several=processes is not None),
+        library_bytes=library_bytes(
+            config.train.compile,
+            device,
+            backend,
+            loads_compiler=processes is not None or config.train.gradient_checkpointing is True,
+        ),
         processes=processes,
         flops=config.flops_per_token * config.total_tokens,
     )
@@ -208,7 +212,7 @@ def _in_words(processes: Processes) -> str:
     return f"{processes.count}{where}, each with {parts} ({processes.strategy})"
 
 
-def library_bytes(compilation: str, device: str, backend: str, *, several: bool = False) -> int:
+def library_bytes(compilation: str, device: str, backend: str, *, loads_compiler: bool = False) -> int:
     """Memory of everything but the model. `auto` is counted as compiled, which is the larger of its possibilities."""
     if backend == "mlx":
         return MLX_LIBRARY_BYTES
@@ -216,8 +220,8 @@ def library_bytes(compilation: str, device: str, backend: str, *, several: bool 
     if kind != "cpu":
         return MPS_LIBRARY_BYTES if kind == "mps" else CUDA_WORKSPACE_BYTES
     cuda = CUDA_LIBRARY_BYTES if _is_built_for_cuda() else 0
-    uncompiled = RANKS_LIBRARY_BYTES if several else 0
-    return LIBRARY_BYTES + cuda + (uncompiled if compilation == "off" else COMPILER_BYTES)
+    compiler = LOADED_COMPILER_BYTES if loads_compiler or compilation != "off" else 0
+    return LIBRARY_BYTES + cuda + compiler + (0 if compilation == "off" else COMPILER_BYTES)
 
 
 def device_kind(device: str) -> Literal["cpu", "mps", "cuda"]:

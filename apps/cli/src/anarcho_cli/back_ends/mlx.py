@@ -49,7 +49,9 @@ def require_supported(config: RunConfig, device: str) -> None:
     if config.train.lean:
         raise ValueError("train.lean is true, which MLX does not have; expected false, or --backend torch")
     if config.train.update_in_backward:
-        raise ValueError("train.update_in_backward is true, which MLX does not have; expected false, or --backend torch")
+        raise ValueError(
+            "train.update_in_backward is true, which MLX does not have; expected false, or --backend torch"
+        )
     _use(device)
     resolve_precision(config.train.precision, mx.default_device())
 

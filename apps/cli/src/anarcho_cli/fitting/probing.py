@@ -76,11 +76,11 @@ def measure(order: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
     config = loads(order["config"], origin="the configuration to be probed")
     backend, device = order["backend"], order["device"]
-    compiler = library_bytes(config.train.compile, device, backend) - library_bytes("off", device, backend)
+    checkpointing = config.train.gradient_checkpointing is True
+    measured = library_bytes("off", device, backend, loads_compiler=checkpointing)
+    compiler = library_bytes(config.train.compile, device, backend) - measured
     size = order["sizes"][0]
-    first = with_size(
-        config, micro_batch=size, checkpointing=config.train.gradient_checkpointing is True, compile="off"
-    )
+    first = with_size(config, micro_batch=size, checkpointing=checkpointing, compile="off")
     try:
         step = new_step(back_end(backend), first, device=device)
         for size in order["sizes"]:
