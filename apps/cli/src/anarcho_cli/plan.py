@@ -30,8 +30,8 @@ CUDA_WORKSPACE_BYTES = 64 * 2**20
 MLX_LIBRARY_BYTES = 100 * 2**20
 """The same of Python with MLX, whose compiled functions are small; measured on Linux."""
 LOADED_COMPILER_BYTES, COMPILER_BYTES = 150 * 2**20, 350 * 2**20
-"""What PyTorch's compiler takes when it is loaded, as it is for gradient checkpointing and to train in several processes, and what compiling
-the reference model adds; measured on Linux."""
+"""What PyTorch's compiler takes when it is loaded, as it is for gradient checkpointing and for several processes, and what compiling the
+reference model adds; measured on Linux."""
 
 
 @dataclass(frozen=True, kw_only=True)
