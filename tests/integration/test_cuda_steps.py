@@ -1,0 +1,98 @@
+"""On CUDA, steps follow each other without waiting for the device but where their numbers are read, and without compiling again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from anarcho_model import ModelConfig
+from anarcho_model.torch import GPT
+from anarcho_optim import OptimConfig, schedules
+from anarcho_optim.torch import MuonAdamW, param_groups
+from anarcho_train import StepSchedule, TrainConfig
+from anarcho_train.steps.torch import TorchStep
+from torch._dynamo.utils import counters
+from torch.profiler import ProfilerActivity, profile
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+STEPS, PROFILED, WARM, LENGTH = 500, 50, 5, 64
+OPTIM = OptimConfig(warmup_steps=100)
+
+
+def make_step(**settings: Any) -> TorchStep:
+    model = GPT(ModelConfig(vocab_size=512, context_length=LENGTH, num_layers=2, dim=64, num_heads=2))
+    model.init_weights(seed=0)
+    model.gradient_checkpointing = settings.pop("checkpointing", False)
+    model.to("cuda", torch.bfloat16 if settings.get("lean") else torch.float32)
+    narrow = {"state_dtype": torch.bfloat16, "stochastic_rounding": True} if settings.get("lean") else {}
+    options = {"precision": "bfloat16", "compile": "on", "batch_tokens": 8 * LENGTH, **settings}
+    return TorchStep(
+        model,
+        MuonAdamW(param_groups(model, config=OPTIM), **narrow),
+        config=TrainConfig(**options),
+        save_model=lambda model, directory: None,
+        load_model=lambda model, directory: None,
+    )
+
+
+def train(step: TorchStep, numbers: range, *, micro_batches: int) -> list[float]:
+    losses = []
+    for number in numbers:
+        drawn = np.random.default_rng(number).integers(0, 512, (8, LENGTH + 1)).astype(np.int32)
+        parts = [
+            SimpleNamespace(
+                tokens=rows[:, :-1],
+                targets=rows[:, 1:],
+                weights=np.ones((len(rows), LENGTH), np.float32),
+                positions=None,
+                segments=None,
+            )
+            for rows in np.split(drawn, micro_batches)
+        ]
+        schedule = StepSchedule(
+            lr_scale=schedules.lr_scale(OPTIM, number, total_steps=STEPS),
+            momentum=schedules.momentum(OPTIM, number),
+            number=number,
+            max_loss=100.0,
+        )
+        losses.append(step.train(parts, schedule=schedule).loss)
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("settings", "micro_batches"),
+    [
+        ({}, 1),
+        ({}, 2),
+        ({"checkpointing": True}, 1),
+        ({"compile": "off"}, 1),
+        ({"lean": True}, 1),
+        ({"update_in_backward": True, "grad_clip": 0.0}, 1),
+    ],
+    ids=["one micro-batch", "two", "checkpointing", "uncompiled", "lean", "in backward"],
+)
+def test_500_steps_wait_for_nothing_but_their_numbers_and_compile_nothing(settings, micro_batches):
+    torch._dynamo.reset()
+    step = make_step(**settings)
+    train(step, range(WARM), micro_batches=micro_batches)
+    graphs = counters["stats"]["unique_graphs"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses = train(step, range(WARM, WARM + STEPS), micro_batches=micro_batches)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert np.isfinite(losses).all()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        train(step, range(PROFILED), micro_batches=micro_batches)
+        torch.cuda.synchronize()
+    called = Counter(event.key for event in profiler.events())
+    # The profiler itself waits for the device where it begins and ends.
+    assert called["cudaStreamSynchronize"] == 0
+    assert called["cudaDeviceSynchronize"] <= 3
+    assert called["cudaEventSynchronize"] <= PROFILED
+    assert counters["stats"]["unique_graphs"] == graphs
