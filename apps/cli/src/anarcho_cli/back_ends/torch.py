@@ -17,6 +17,7 @@ from anarcho_cli.config import RunConfig
 from anarcho_cli.freed_memory import return_freed_memory
 from anarcho_cli.output import note
 from anarcho_cli.plan import plan_run
+from anarcho_cli.preloading import is_loaded, load_beside
 
 if TYPE_CHECKING:
     from anarcho_model.torch import GPT
@@ -29,7 +30,11 @@ NAME: str = "torch"
 
 
 def require_supported(config: RunConfig, device: str) -> None:
-    """Refuses an arithmetic that the device does not have."""
+    """Refuses an arithmetic that the device does not have; where there is nothing to refuse, PyTorch is loaded beside what follows."""
+    always = device == "cpu" and config.train.precision != "float16" and not config.train.lean
+    if always and not is_loaded("torch"):
+        load_beside("torch", "anarcho_model.torch", "anarcho_optim.torch", "anarcho_train.steps.torch")
+        return
     import torch
     from anarcho_train.steps.torch_settings import resolve_precision
 
