@@ -189,7 +189,7 @@ def _memory(
         gradient_checkpointing=config.train.gradient_checkpointing is True,
         optimizer_scratch_bytes=scratch(kind, matrices) if matrices else 0,
         gradients_held=config.batch_sequences > micro_batch * (processes.count if processes else 1),
-        narrow_gradients=not mlx and processes is None and dtype_bytes == 2 and config.train.precision != "float16",
+        narrow_gradients=not mlx and processes is None and dtype_bytes == 2 and _has_narrow_gradients(config, kind),
         gradients_freed=config.train.update_in_backward,
         segments=config.data.isolate_documents,
         adapter=config.lora,
@@ -204,6 +204,13 @@ def _memory(
         return memory
     room = dataclasses.replace(memory, optimizer_scratch=0).transient - memory.before_update
     return dataclasses.replace(memory, optimizer_scratch=scratch_bytes(kind, matrices, room=room))
+
+
+def _has_narrow_gradients(config: RunConfig, kind: str) -> bool:
+    """Whether one process of PyTorch stores gradients in a half-precision type where nothing is added to them."""
+    train = config.train
+    saves_memory = train.update_in_backward or train.gradient_checkpointing is True
+    return train.precision != "float16" and (train.lean or saves_memory or kind != "cpu")
 
 
 def _in_words(processes: Processes) -> str:

@@ -177,7 +177,8 @@ class TorchStep:
         gated = getattr(optimizer, "_step_supports_amp_scaling", False)
         self._decides_on_device = gated and self.device.type == "cuda" and not self._scaler.is_enabled()
         self._last_update = Done(self.device) if self._several else None
-        self._gradients = GradientTypes(model, optimizer, compute=self.precision)
+        saves_memory = config.update_in_backward or bool(getattr(model, "gradient_checkpointing", False))
+        self._gradients = GradientTypes(model, optimizer, compute=self.precision, saves_memory=saves_memory)
         self._at_once = UpdatesInBackward(model, optimizer) if config.update_in_backward else None
         if self._at_once and (self._several or self._scaler.is_enabled()):
             raise ValueError("train.update_in_backward is true; expected one process, and no float16")
@@ -252,9 +253,9 @@ class TorchStep:
         """Reads loss and norm, and then updates or does not."""
         self._scaler.unscale_(self.optimizer)
         norm = self._norm()
-        if not self._gradients.narrow:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self._grad_clip or float("inf"), norm)
         grad_norm, losses = float(norm), measured.tolist()
+        if self._grad_clip and grad_norm > self._grad_clip and not self._gradients.narrow:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self._grad_clip, norm)
         loss = math.fsum(row[0] for row in losses)
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         updated = finite and weight > 0 and (schedule.max_loss is None or loss / weight <= schedule.max_loss)

@@ -18,12 +18,15 @@ class GradientTypes:
     """The element types in which a model's gradients are stored, from one step to the next.
 
     Only the weights that the model names in ``product_weights()``, and those that are themselves of the type ``compute``, may have
-    gradients of it, and only if ``optimizer`` takes a ``grad_scale``: clipped in place, they would be rounded.
+    gradients of it, and only if ``optimizer`` takes a ``grad_scale``: clipped in place, they would be rounded. Without ``saves_memory``, the
+    former stay wide on a CPU, where an optimizer takes longer to widen than to read them.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, compute: torch.dtype) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, compute: torch.dtype, saves_memory: bool
+    ) -> None:
         named: Any = getattr(model, "product_weights", list)
-        products = {id(weight) for weight in named()}
+        products = {id(weight) for weight in named() if saves_memory or weight.device.type != "cpu"}
         takes_scale = getattr(optimizer, "_step_supports_amp_scaling", False)
         usable = [p for p in model.parameters() if p.requires_grad and takes_scale and compute == torch.bfloat16]
         self._weights: list[Any] = [p for p in usable if p.dtype == compute or id(p) in products]
