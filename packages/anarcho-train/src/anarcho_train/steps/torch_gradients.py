@@ -18,8 +18,8 @@ class GradientTypes:
     """The element types in which a model's gradients are stored, from one step to the next.
 
     Only the weights that the model names in ``product_weights()``, and those that are themselves of the type ``compute``, may have
-    gradients of it, and only if ``optimizer`` takes a ``grad_scale``: clipped in place, they would be rounded. Without ``saves_memory``, the
-    former stay wide on a CPU, where an optimizer takes longer to widen than to read them.
+    gradients of it, and only if ``optimizer`` takes a ``grad_scale``: clipped in place, they would be rounded. Without ``saves_memory``,
+    the former stay wide on a CPU, where an optimizer takes longer to widen than to read them.
     """
 
     def __init__(
