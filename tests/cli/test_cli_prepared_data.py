@@ -70,9 +70,7 @@ def test_a_run_on_prepared_shards_is_the_run_on_their_text_and_copies_nothing(fo
 
 def test_what_does_not_fit_is_refused_in_a_sentence_and_leaves_no_run(folder, tmp_path):
     other = tmp_path / "other"
-    made = invoke(
-        "tokenizer", "train", folder / "text.jsonl", "--out", other, "--set", "tokenizer.vocab_size=310"
-    )
+    made = invoke("tokenizer", "train", folder / "text.jsonl", "--out", other, "--set", "tokenizer.vocab_size=310")
     assert made.exit_code == 0, made.output
     shards, tokenizer = folder / "shards", ("--tokenizer", folder / "tokenizer")
     unfinished = shutil.copytree(shards, tmp_path / "unfinished")

@@ -26,7 +26,7 @@ from typing import Literal
 from anarcho_model.config import ModelConfig
 from anarcho_model.footprint_mlx import MLX_LOGITS_CHUNK_BYTES, in_mlx, is_fused, mlx_block_bytes
 from anarcho_model.footprint_ranks import in_replicas, in_shards
-from anarcho_model.logprobs.chunks import chunk_tokens, default_chunk_bytes
+from anarcho_model.logprobs.chunks import chunk_tokens, default_chunk_bytes, keeps_logits
 from anarcho_model.lora.config import LoraConfig, adapter_shapes
 
 __all__ = ["MemoryForecast", "block_activation_bytes", "training_memory"]
@@ -221,9 +221,14 @@ def training_memory(
         own_copy = max(own_copy, stored * _target_parameters(config, lora))
     kinds = {"segments": segments, "adapter": lora, "framework": framework, "device": device}
     block = tokens * block_activation_bytes(config, length=length, compute_dtype_bytes=compute, **kinds)
+    logits = 0
+    shape = {"vocab_size": config.vocab_size, "chunk_bytes": logits_chunk_bytes}
+    if framework == "torch" and keeps_logits(tokens, dtype_bytes=compute, **shape):
+        logits = compute * tokens * config.vocab_size
     kept = tokens * FLOAT * config.dim if gradient_checkpointing else block
     fused_norm = device == "cuda" and framework == "torch"
     output = _output_activations(config, tokens=tokens, compute=compute, frozen=lora is not None, fused_norm=fused_norm)
+    output += logits
     own_casts = 0 if lora is not None and framework == "mlx" else _block_matrix_parameters(config)
     casts = compute * (own_casts + added // config.num_layers) if compute != stored else 0
     all_casts = config.num_layers * casts
@@ -241,7 +246,7 @@ def training_memory(
         recomputed=block - kept + casts if gradient_checkpointing else 0,
         weight_casts=0 if gradient_checkpointing else all_casts,
         forward_casts=0 if gradient_checkpointing else all_casts,
-        forward_chunk=_forward_chunk(config, rows=rows, compute=compute, casts=compute != stored),
+        forward_chunk=_forward_chunk(config, rows=rows, compute=compute, casts=compute != stored, kept=bool(logits)),
         vocabulary_chunk=_vocabulary_chunk(
             config,
             tokens=tokens,
@@ -378,9 +383,12 @@ def _output_activations(config: ModelConfig, *, tokens: int, compute: int, froze
     return tokens * ((FLOAT + compute) * config.dim + normalised + 2 * FLOAT + ids)
 
 
-def _forward_chunk(config: ModelConfig, *, rows: int, compute: int, casts: bool) -> int:
+def _forward_chunk(config: ModelConfig, *, rows: int, compute: int, casts: bool, kept: bool) -> int:
+    """Logits as they come and as they are exponentiated; the former are no part of it where they are ``kept``."""
     chunk, head = rows * config.vocab_size, config.vocab_size * config.dim
-    return FLOAT * chunk if compute == FLOAT else compute * head * casts + (FLOAT + compute) * chunk
+    if compute == FLOAT:
+        return FLOAT * chunk
+    return compute * head * casts + (FLOAT + (0 if kept else compute)) * chunk
 
 
 def _vocabulary_chunk(

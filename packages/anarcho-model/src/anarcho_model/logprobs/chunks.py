@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["chunk_tokens", "default_chunk_bytes"]
+__all__ = ["chunk_tokens", "default_chunk_bytes", "keeps_logits"]
 
 MAX_ELEMENTS = 2**31 - 1
 """Of a product that Apple's back-end of PyTorch computes right."""
@@ -19,6 +19,11 @@ def default_chunk_bytes(num_tokens: int, *, vocab_size: int, device: str) -> int
     if device != "cuda":
         return MIN_BYTES
     return max(MIN_BYTES, min(MAX_BYTES, num_tokens * vocab_size))
+
+
+def keeps_logits(num_tokens: int, *, vocab_size: int, dtype_bytes: int, chunk_bytes: int) -> bool:
+    """Whether all logits of a half-precision type are kept for backward in PyTorch, which saves a product: within the bound of a chunk."""
+    return dtype_bytes == 2 and dtype_bytes * num_tokens * vocab_size <= chunk_bytes
 
 
 def chunk_tokens(num_tokens: int, *, vocab_size: int, chunk_bytes: int) -> int:

@@ -4,7 +4,7 @@ Every loss is a function of these numbers, and the logits behind them are the la
 sequences of 4096 tokens and 32000 ids: 8 GB in float32). Notable:
 
 * forward keeps one float32 normaliser a token and drops the logits, backward computes them again, so that never more
-  than one chunk exists;
+  than one chunk exists; only where all of them in half precision are no larger than that, they are kept;
 * matrix products run in the compute dtype that autocast asks for, normalisers and probabilities are float32 (float64
   for float64 inputs);
 * backward casts by itself, because autocast is over by then;
@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from anarcho_model.layers.torch_cpu import transposed_product
-from anarcho_model.logprobs.chunks import chunk_tokens
+from anarcho_model.logprobs.chunks import chunk_tokens, keeps_logits
 
 __all__ = ["chunked_logprobs"]
 
@@ -40,29 +40,37 @@ def chunked_logprobs(
 
     `chunk_bytes` bounds the float32 logits of one chunk; `compute_dtype` is the element type of the matrix products.
     """
-    size = chunk_tokens(hidden.shape[0], vocab_size=weight.shape[0], chunk_bytes=chunk_bytes)
-    return _ChunkedLogprobs.apply(hidden, weight, targets.long(), size, compute_dtype)  # pyright: ignore[reportReturnType]
+    shape = {"vocab_size": weight.shape[0], "chunk_bytes": chunk_bytes}
+    size = chunk_tokens(hidden.shape[0], **shape)
+    keeps = torch.is_grad_enabled() and keeps_logits(hidden.shape[0], dtype_bytes=compute_dtype.itemsize, **shape)
+    return _ChunkedLogprobs.apply(hidden, weight, targets.long(), size, compute_dtype, keeps)  # pyright: ignore[reportReturnType]
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, size: int, dtype: torch.dtype, keeps: bool
+    ) -> Tensor:
         hidden_cast, weight_cast = hidden.to(dtype), weight.to(dtype)
-        logprobs, normalisers = [], []
+        logprobs, normalisers, kept = [], [], []
         for start in range(0, hidden.shape[0], size):
-            logits = _wide_logits(hidden_cast[start : start + size], weight_cast)
+            narrow = hidden_cast[start : start + size] @ weight_cast.t()
+            logits = _wide(narrow)
+            if keeps:
+                kept.append(narrow)
+            del narrow
             target_logits = logits.gather(1, targets[start : start + size, None])[:, 0]
             normaliser = _logsumexp(logits)
             normalisers.append(normaliser)
             logprobs.append(target_logits - normaliser)
             del logits  # or it would live on beside the next chunk's
-        ctx.save_for_backward(hidden, weight, targets, torch.cat(normalisers))
+        ctx.save_for_backward(hidden, weight, targets, torch.cat(normalisers), *kept)
         ctx.size, ctx.dtype = size, dtype
         return torch.cat(logprobs)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        hidden, weight, targets, normalisers = ctx.saved_tensors
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
+        hidden, weight, targets, normalisers, *kept = ctx.saved_tensors
         hidden_cast, weight_cast = hidden.to(ctx.dtype), weight.to(ctx.dtype)
         grad_output = grad_outputs[0]
         grad_hidden = []
@@ -72,9 +80,9 @@ class _ChunkedLogprobs(torch.autograd.Function):
         for start in range(0, hidden.shape[0], ctx.size):
             rows = slice(start, start + ctx.size)
             part = hidden_cast[rows]
-            grad_logits = _grad_logits(
-                _wide_logits(part, weight_cast), normalisers[rows], targets[rows], grad_output[rows]
-            ).to(ctx.dtype)
+            logits = _wide(kept[start // ctx.size] if kept else part @ weight_cast.t())
+            grad_logits = _grad_logits(logits, normalisers[rows], targets[rows], grad_output[rows]).to(ctx.dtype)
+            del logits
             grad_hidden.append((grad_logits @ weight_cast).to(hidden.dtype))
             if grad_weight is None:
                 pass
@@ -86,12 +94,11 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 grad_weight += grad_logits.t() @ part
             del grad_logits
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
-        return torch.cat(grad_hidden), grad_weight, None, None, None
+        return torch.cat(grad_hidden), grad_weight, None, None, None, None
 
 
-def _wide_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+def _wide(logits: Tensor) -> Tensor:
     """Logits in the type in which they are exponentiated."""
-    logits = hidden @ weight.t()
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
