@@ -252,7 +252,7 @@ def moment(chance: random.Random, seconds: float) -> dict[str, float]:
 SIGNALS = {
     "in a step": lambda stage: step_of(stage.backend, "train"),
     "in an evaluation": lambda stage: step_of(stage.backend, "evaluate"),
-    "in a save": lambda stage: ["anarcho_train.checkpoint", "_describe"],
+    "in a save": lambda stage: ["anarcho_train.checkpoint", "_described"],
 }
 
 
