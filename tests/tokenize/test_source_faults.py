@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from anarcho_tokenize import DataConfig
 from anarcho_tokenize.sources import BadRow, Example, Examples
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -150,6 +150,7 @@ def test_file_that_is_not_parquet_is_one_bad_row(tmp_path: Path, content: bytes)
 
 @settings(max_examples=40, deadline=None)
 @given(place=st.integers(0, 10_000), byte=st.integers(1, 255), cut=st.booleans())
+@example(place=2227, byte=128, cut=False)
 def test_damaged_parquet_never_raises(
     tmp_path_factory: pytest.TempPathFactory, place: int, byte: int, cut: bool
 ) -> None:

@@ -31,7 +31,7 @@ def read_table(stream: BufferedIOBase, *, name: str, reading: Reading, row: int)
     pyarrow = require_pyarrow(name)
     try:
         yield from _rows(stream, name=name, reading=reading, row=row)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # The last of names of columns.
         if getattr(error, "errno", None) is not None:
             raise
         yield Row(Fault(f"cannot be read as Parquet ({error}); expected a whole, valid file."), 0, None, name)
@@ -44,7 +44,7 @@ def rows_between(stream: BufferedIOBase, start: int, stop: int) -> tuple[int, in
 
     try:
         metadata = parquet.read_metadata(stream)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         if getattr(error, "errno", None) is not None:
             raise
         return 0, None
