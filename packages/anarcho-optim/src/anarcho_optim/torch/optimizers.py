@@ -29,7 +29,6 @@ from torch import Tensor
 from anarcho_optim.config import OptimConfig
 from anarcho_optim.groups import adamw_options, blocks, check_keys, check_options, muon_options
 from anarcho_optim.memory import CUDA_SCRATCH_BYTES, batch_bytes
-from anarcho_optim.torch import fused
 from anarcho_optim.torch.matrices import Matrix, layout, local, local_gradient, num_owners, update_matrices
 from anarcho_optim.torch.state import MOMENTS, check_gradients, check_member, fresh_state, matched_states, member_names
 from anarcho_optim.torch.uncompiled import uncompiled, unguarded
@@ -37,6 +36,8 @@ from anarcho_optim.torch.vectors import Vector, update_vectors
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+    from anarcho_optim.torch.fused import FusedStep
 
 Group = dict[str, Any]
 
@@ -75,7 +76,7 @@ class MuonAdamW(torch.optim.Optimizer):
             raise ValueError(f"state_dtype is {state_dtype}; expected torch.float32 or torch.bfloat16")
         config = OptimConfig()
         defaults = adamw_options(config) | muon_options(config) | {"algorithm": None, "weight_decay": 0.0}
-        step = fused.FusedStep(
+        step = _fused_step(
             cuda_graph=cuda_graph,
             process_group=process_group,
             scratch_bytes=cuda_scratch_bytes,
@@ -84,10 +85,10 @@ class MuonAdamW(torch.optim.Optimizer):
         self._begin(params, defaults, step, state_dtype=state_dtype)
 
     def _begin(
-        self, params: Iterable[Any], defaults: Group, step: fused.FusedStep, *, state_dtype: torch.dtype = torch.float32
+        self, params: Iterable[Any], defaults: Group, step: FusedStep, *, state_dtype: torch.dtype = torch.float32
     ) -> None:
         self._fused, self._state_dtype = step, state_dtype
-        self._fused_parts: dict[tuple[int, ...], fused.FusedStep] = {}
+        self._fused_parts: dict[tuple[int, ...], FusedStep] = {}
         self._step_supports_amp_scaling = (
             True  # so `torch.amp.GradScaler` leaves both to the step, and waits for nothing
         )
@@ -171,15 +172,16 @@ class MuonAdamW(torch.optim.Optimizer):
         chosen = {id(p): p for p in parameters}
         groups = [group | {"params": [p for p in group["params"] if id(p) in chosen]} for group in self.param_groups]
         key = tuple(sorted(chosen))
-        fused = self._fused_parts.setdefault(key, copy.deepcopy(self._fused)) if key else self._fused
-        self._update(groups, fused)
+        if key not in self._fused_parts:
+            self._fused_parts[key] = copy.deepcopy(self._fused)
+        self._update(groups, self._fused_parts[key])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's."""
         unguarded(super().zero_grad)(set_to_none)
 
     @uncompiled
-    def _update(self, groups: list[Group], fused: fused.FusedStep) -> None:
+    def _update(self, groups: list[Group], fused: FusedStep) -> None:
         check_gradients(groups)
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         rest = fused.step(groups, self.state, found_inf=found_inf, grad_scale=grad_scale)
@@ -265,7 +267,7 @@ class Muon(MuonAdamW):
             "adjust_lr_fn": adjust_lr_fn,
             **options,
         }
-        step = fused.FusedStep(cuda_graph=cuda_graph, process_group=process_group, scratch_bytes=cuda_scratch_bytes)
+        step = _fused_step(cuda_graph=cuda_graph, process_group=process_group, scratch_bytes=cuda_scratch_bytes)
         self._begin(params, settings, step)
 
     def add_param_group(self, param_group: Group) -> None:
@@ -273,6 +275,13 @@ class Muon(MuonAdamW):
         if param_group.get("algorithm", "muon") != "muon":
             raise ValueError(f"a group has algorithm {param_group['algorithm']!r}; expected 'muon': use MuonAdamW")
         super().add_param_group(param_group)
+
+
+def _fused_step(**settings: Any) -> FusedStep:
+    """What an optimizer needs of the CUDA path, which is loaded with the first one."""
+    from anarcho_optim.torch.fused import FusedStep
+
+    return FusedStep(**settings)
 
 
 def _batches(members: list[Matrix]) -> Iterator[list[Matrix]]:
