@@ -63,7 +63,11 @@ def test_the_plan_of_several_processes_is_that_of_each(anarcho, tmp_path, monkey
         )
         for strategy in ("auto", "ddp", "hybrid", "fsdp")
     }
-    assert found["auto"] == {**found["ddp"], "config": found["auto"]["config"]}
+    # What is free on the disk may change meanwhile.
+    auto, ddp = (
+        {key: found[name][key] for key in found[name].keys() - {"config", "disk_bytes"}} for name in ("auto", "ddp")
+    )
+    assert auto == ddp
     whole, parts = alone["memory_bytes"], {name: plan["memory_bytes"] for name, plan in found.items()}
     for part in ("weights", "optimizer"):
         assert [parts[name][part] for name in ("ddp", "hybrid", "fsdp")] == [whole[part] // n for n in (1, 2, 4)]
