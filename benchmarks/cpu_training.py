@@ -65,17 +65,6 @@ class Shape:
         return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.precision == "bfloat16")
 
 
-@dataclass(frozen=True)
-class Rows:
-    """A batch as the trainer reads it."""
-
-    tokens: np.ndarray
-    targets: np.ndarray
-    weights: np.ndarray
-    positions: None = None
-    segments: None = None
-
-
 class Side:
     """One whole step, with the seconds of each and of the optimizer within it."""
 
@@ -113,6 +102,7 @@ def ours(name: str, shape: Shape, *, compiled: bool) -> tuple[nn.Module, list[An
     from anarcho_model.torch import GPT
     from anarcho_optim import OptimConfig
     from anarcho_optim.torch import MuonAdamW, param_groups
+    from anarcho_tokenize import Batch
     from anarcho_train import StepSchedule, TrainConfig
     from anarcho_train.steps.torch import TorchStep
 
@@ -138,7 +128,7 @@ def ours(name: str, shape: Shape, *, compiled: bool) -> tuple[nn.Module, list[An
         load_model=lambda model, directory: None,
     )
     ids = shape.ids()
-    rows: Any = Rows(ids[:, :-1], ids[:, 1:], np.ones(ids[:, 1:].shape, np.float32))
+    rows = Batch(tokens=ids[:, :-1], targets=ids[:, 1:], weights=np.ones(ids[:, 1:].shape, np.float32))
     return model, [optimizer], lambda: step.train([rows], schedule=StepSchedule(lr_scale=1.0)).loss
 
 

@@ -45,6 +45,7 @@ from anarcho_model.torch import GPT
 from anarcho_optim import OptimConfig
 from anarcho_optim.memory import scratch_bytes
 from anarcho_optim.torch import MuonAdamW, param_groups
+from anarcho_tokenize import Batch
 from anarcho_train import StepSchedule, TrainConfig
 from anarcho_train.steps.torch import TorchStep
 
@@ -58,17 +59,6 @@ SIDES = ("ours", "transformers")
 
 Step = Callable[[], Any]
 """Makes one optimizer step; the device may still be at work when it returns."""
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """A batch as the trainer reads it."""
-
-    tokens: np.ndarray
-    targets: np.ndarray
-    weights: np.ndarray
-    positions: None = None
-    segments: None = None
 
 
 @dataclass(frozen=True)
@@ -234,7 +224,7 @@ def _our_step(job: Job, config: ModelConfig, ids: np.ndarray, options: argparse.
         save_model=lambda model, directory: None,
         load_model=lambda model, directory: None,
     )
-    batch = Tokens(ids[:, :-1], ids[:, 1:], np.ones(ids[:, 1:].shape, dtype=np.float32))
+    batch = Batch(tokens=ids[:, :-1], targets=ids[:, 1:], weights=np.ones(ids[:, 1:].shape, dtype=np.float32))
     return lambda: trainer.train([batch], schedule=StepSchedule(lr_scale=1.0))
 
 

@@ -24,7 +24,6 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from anarcho_model import ModelConfig
 from anarcho_model.mlx import GPT
 from anarcho_optim import OptimConfig
 from anarcho_optim.mlx import MuonAdamW, param_groups
+from anarcho_tokenize import Batch
 from anarcho_train import StepSchedule, TrainConfig
 from anarcho_train.steps.mlx import MlxStep
 from anarcho_train.steps.mlx_memory import bound_waiting_buffers
@@ -48,17 +48,6 @@ WARM_STEPS = 3
 
 Step = Callable[[], float]
 """Makes one optimizer step and returns its loss, when everything has been computed."""
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """A batch as the trainer reads it."""
-
-    tokens: np.ndarray
-    targets: np.ndarray
-    weights: np.ndarray
-    positions: None = None
-    segments: None = None
 
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
@@ -167,7 +156,7 @@ def _our_step(config: ModelConfig, ids: np.ndarray, optimizer: str, options: arg
         save_model=lambda model, directory: None,
         load_model=lambda model, directory: None,
     )
-    batch = Tokens(ids[:, :-1], ids[:, 1:], np.ones(ids[:, 1:].shape, dtype=np.float32))
+    batch = Batch(tokens=ids[:, :-1], targets=ids[:, 1:], weights=np.ones(ids[:, 1:].shape, dtype=np.float32))
     return lambda: trainer.train([batch], schedule=StepSchedule(lr_scale=1.0)).loss
 
 

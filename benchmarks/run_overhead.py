@@ -25,7 +25,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,19 +36,9 @@ from anarcho_model.weights import load_weights, save_pretrained
 from anarcho_monitor import EarlyStopping, MetricsLog, Progress, Sinks, TensorBoardSink, Throughput, read_memory
 from anarcho_optim import OptimConfig
 from anarcho_optim.torch import MuonAdamW, param_groups
+from anarcho_tokenize import Batch
 from anarcho_train import CheckpointStore, Loop, StepMetrics, StepSchedule, TrainConfig
 from anarcho_train.steps.torch import TorchStep
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A batch as the step reads it."""
-
-    tokens: np.ndarray
-    targets: np.ndarray
-    weights: np.ndarray
-    positions: None = None
-    segments: None = None
 
 
 class RandomText:
@@ -58,10 +47,11 @@ class RandomText:
     def __init__(self, vocabulary: int, length: int) -> None:
         self._vocabulary, self._length = vocabulary, length
 
-    def batch(self, first_sample: int, count: int) -> Rows:
+    def batch(self, first_sample: int, count: int) -> Batch:
         drawn = np.random.default_rng(first_sample).integers(0, self._vocabulary, (count, self._length + 1))
         drawn = drawn.astype(np.int32)
-        return Rows(drawn[:, :-1], drawn[:, 1:], np.ones((count, self._length), np.float32))
+        weights = np.ones((count, self._length), np.float32)
+        return Batch(tokens=drawn[:, :-1], targets=drawn[:, 1:], weights=weights)
 
     def position(self, sample: int) -> dict[str, int]:
         return {"cursor": sample}

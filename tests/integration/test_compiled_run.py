@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from anarcho_model import ModelConfig
 from anarcho_model.torch import GPT
 from anarcho_optim import OptimConfig, schedules
 from anarcho_optim.torch import MuonAdamW, param_groups
+from anarcho_tokenize import Batch
 from anarcho_train import CheckpointStore, Loop, StepSchedule, TrainConfig
 from anarcho_train.steps.torch import TorchStep
 
@@ -22,23 +22,14 @@ STEPS, EVALUATIONS, LENGTH = 40, 10, 16
 OPTIM = OptimConfig(warmup_steps=10)
 
 
-@dataclass(frozen=True)
-class Rows:
-    tokens: np.ndarray
-    targets: np.ndarray
-    weights: np.ndarray
-    positions: None = None
-    segments: None = None
-
-
 class Text:
     """Random tokens; an evaluation ends with a batch that is not full."""
 
     num_windows, num_tokens, num_bytes = 5, 5 * LENGTH, 20 * LENGTH
 
-    def batch(self, first_sample: int, count: int) -> Rows:
+    def batch(self, first_sample: int, count: int) -> Batch:
         drawn = np.random.default_rng(first_sample).integers(0, 50, (count, LENGTH + 1)).astype(np.int32)
-        return Rows(drawn[:, :-1], drawn[:, 1:], np.ones((count, LENGTH), np.float32))
+        return Batch(tokens=drawn[:, :-1], targets=drawn[:, 1:], weights=np.ones((count, LENGTH), np.float32))
 
     def position(self, sample: int) -> dict[str, int]:
         return {"cursor": sample}
@@ -46,7 +37,7 @@ class Text:
     def state(self, first_sample: int, count: int) -> Literal["ready"]:
         return "ready"
 
-    def batches(self, batch_size: int, *, max_windows: int | None = None) -> Iterator[Rows]:
+    def batches(self, batch_size: int, *, max_windows: int | None = None) -> Iterator[Batch]:
         for first in range(0, self.num_windows, batch_size):
             yield self.batch(first, min(batch_size, self.num_windows - first))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from anarcho_model import ModelConfig
 from anarcho_model.torch import GPT
 from anarcho_optim import OptimConfig, schedules
 from anarcho_optim.torch import MuonAdamW, param_groups
+from anarcho_tokenize import Batch
 from anarcho_train import StepSchedule, TrainConfig
 from anarcho_train.steps.torch import TorchStep
 from torch._dynamo.utils import counters
@@ -45,13 +45,7 @@ def train(step: TorchStep, numbers: range, *, micro_batches: int) -> list[float]
     for number in numbers:
         drawn = np.random.default_rng(number).integers(0, 512, (8, LENGTH + 1)).astype(np.int32)
         parts = [
-            SimpleNamespace(
-                tokens=rows[:, :-1],
-                targets=rows[:, 1:],
-                weights=np.ones((len(rows), LENGTH), np.float32),
-                positions=None,
-                segments=None,
-            )
+            Batch(tokens=rows[:, :-1], targets=rows[:, 1:], weights=np.ones((len(rows), LENGTH), np.float32))
             for rows in np.split(drawn, micro_batches)
         ]
         schedule = StepSchedule(

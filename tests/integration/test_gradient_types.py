@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 from anarcho_model import ModelConfig
 from anarcho_model.torch import GPT
 from anarcho_optim.torch import MuonAdamW, param_groups
+from anarcho_tokenize import Batch
 from anarcho_train import StepSchedule, TrainConfig
 from anarcho_train.steps.torch import TorchStep
 from anarcho_train.steps.torch_gradients import total_norm
@@ -31,11 +29,10 @@ def make_step(*, precision: str = "bfloat16", grad_clip: float = 0.0, checkpoint
     )
 
 
-def batches(number: int, *, micro: int = 4) -> list[Any]:
+def batches(number: int, *, micro: int = 4) -> list[Batch]:
     tokens = np.random.default_rng(number).integers(0, 64, (4, 33))
     whole = [(tokens[i : i + micro, :-1], tokens[i : i + micro, 1:]) for i in range(0, 4, micro)]
-    rest = {"positions": None, "segments": None}
-    return [SimpleNamespace(tokens=x, targets=y, weights=np.ones(x.shape, np.float32), **rest) for x, y in whole]
+    return [Batch(tokens=x, targets=y, weights=np.ones(x.shape, np.float32)) for x, y in whole]
 
 
 def gradient_types(step: TorchStep) -> set[tuple[torch.dtype, bool]]:

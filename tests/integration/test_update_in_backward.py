@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from anarcho_model import ModelConfig
 from anarcho_model.torch import GPT
 from anarcho_optim.torch import MuonAdamW, param_groups
+from anarcho_tokenize import Batch
 from anarcho_train import StepSchedule, TrainConfig
 from anarcho_train.out_of_memory import OutOfMemory
 from anarcho_train.steps.torch import TorchStep
@@ -32,18 +32,10 @@ def make_step(*, at_once: bool, tied: bool = True, checkpointing: bool = False, 
     )
 
 
-def batches(number: int, *, micro: int = 4) -> list[Any]:
+def batches(number: int, *, micro: int = 4) -> list[Batch]:
     tokens = np.random.default_rng(number).integers(0, 64, (4, 33))
-    rest = {"positions": None, "segments": None}
-    return [
-        SimpleNamespace(
-            tokens=tokens[i : i + micro, :-1],
-            targets=tokens[i : i + micro, 1:],
-            weights=np.ones((micro, 32), np.float32),
-            **rest,
-        )
-        for i in range(0, 4, micro)
-    ]
+    whole = [(tokens[i : i + micro, :-1], tokens[i : i + micro, 1:]) for i in range(0, 4, micro)]
+    return [Batch(tokens=x, targets=y, weights=np.ones(x.shape, np.float32)) for x, y in whole]
 
 
 def train(step: TorchStep, *, steps: int = 3, micro: int = 4, **schedule: Any) -> list[Any]:

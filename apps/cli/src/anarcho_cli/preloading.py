@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import sys
 import threading
 from contextlib import suppress
-
-
-def is_loaded(module: str) -> bool:
-    """Whether a module is there already."""
-    return module in sys.modules
 
 
 def load_beside(*modules: str) -> None:

@@ -33,7 +33,7 @@ class RankSpeeds:
     """The seconds of this rank and of all others; one that is alone has nothing to tell."""
 
     def __init__(self) -> None:
-        self._stepped = self._read = 0.0
+        self._read = 0.0
         self._told: Row = (0.0, 0.0)
         self._recent: list[np.ndarray] = []
         self._judged: list[np.ndarray] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from anarcho_cli.config import RunConfig
 from anarcho_cli.freed_memory import return_freed_memory
 from anarcho_cli.output import note
 from anarcho_cli.plan import plan_run
-from anarcho_cli.preloading import is_loaded, load_beside
+from anarcho_cli.preloading import load_beside
 
 if TYPE_CHECKING:
     from anarcho_model.torch import GPT
@@ -32,7 +33,7 @@ NAME: str = "torch"
 def require_supported(config: RunConfig, device: str) -> None:
     """Refuses an arithmetic that the device does not have; where there is nothing to refuse, PyTorch is loaded beside what follows."""
     always = device == "cpu" and config.train.precision != "float16" and not config.train.lean
-    if always and not is_loaded("torch"):
+    if always and "torch" not in sys.modules:
         load_beside("torch", "anarcho_model.torch", "anarcho_optim.torch", "anarcho_train.steps.torch")
         return
     import torch

@@ -214,8 +214,8 @@ class TorchStep:
             self._leave_compilation(error)
             measured = self._accumulate(micro_batches, share, schedule)
         self._may_fall_back = False
-        update = self._update_on_device if self._decides_on_device else self._update
-        update = self._updated_at_once if self._at_once else update
+        decided = self._update_on_device if self._decides_on_device else self._update
+        update = self._updated_at_once if self._at_once else decided
         values = self._ranks.sum(measured.values.sum(0, keepdim=True)) if self._several else measured.values
         found = self._updated(lambda: update(values, weight, schedule))
         total = _total(measured.names, found.measured, weight=weight)
@@ -270,11 +270,8 @@ class TorchStep:
     def _update_on_device(self, measured: Tensor, weight: float, schedule: StepSchedule) -> _Update:
         """Lets the device decide whether the update counts, which works on while the host reads the numbers and goes on."""
         norm = self._norm()
-        loss = measured[:, 0].sum()
-        wanted = norm.isfinite() & loss.isfinite() & (weight > 0)
-        if schedule.max_loss is not None:
-            wanted &= loss <= schedule.max_loss * weight
-        numbers = Later(torch.cat((torch.stack((norm, wanted)), measured.flatten())))
+        wanted = norm.isfinite() & _allows_update(measured[:, 0].sum(), weight, schedule)
+        made = _update_later(norm, wanted, measured)
         sizes = self._sizes() if schedule.measure_update else None
         optimizer: Any = self.optimizer
         optimizer.found_inf = (~wanted).float()
@@ -284,17 +281,12 @@ class TorchStep:
                 optimizer.step()
         finally:
             optimizer.found_inf = optimizer.grad_scale = None
-        grad_norm, updated, *values = numbers.read()
-        rows = torch.tensor(values, dtype=torch.float64).view(measured.shape).tolist()
-        return _Update(measured=rows, grad_norm=grad_norm, updated=bool(updated), sizes=sizes)
+        return made(sizes)
 
     def _updated_at_once(self, measured: Tensor, weight: float, schedule: StepSchedule) -> _Update:
         """Reads what has been done within the backward pass."""
         assert self._at_once is not None
-        numbers = torch.cat((torch.stack((self._at_once.norm, self._at_once.updated)), measured.flatten()))
-        grad_norm, updated, *values = Later(numbers).read() if self.device.type == "cuda" else numbers.tolist()
-        rows = torch.tensor(values, dtype=torch.float64).view(measured.shape).tolist()
-        return _Update(measured=rows, grad_norm=grad_norm, updated=bool(updated), sizes=self._sizes_before)
+        return _update_later(self._at_once.norm, self._at_once.updated, measured)(self._sizes_before)
 
     @contextmanager
     def _updating_at_once(self, losses: Sequence[Tensor], weight: float, schedule: StepSchedule) -> Iterator[None]:
@@ -302,10 +294,7 @@ class TorchStep:
         if self._at_once is None:
             yield
             return
-        loss = torch.stack(list(losses)).sum()
-        wanted = loss.isfinite() & (weight > 0)
-        if schedule.max_loss is not None:
-            wanted &= loss <= schedule.max_loss * weight
+        wanted = _allows_update(torch.stack(list(losses)).sum(), weight, schedule)
         self._sizes_before = self._sizes() if schedule.measure_update else None
         self._updating = True
         with self._at_once.during(wanted=wanted):
@@ -515,6 +504,27 @@ class TorchStep:
         self.compiled = False
         self._parts.leave_compilation()
         self._logprobs = self.model.token_logprobs  # type: ignore[assignment]
+
+
+def _allows_update(loss: Tensor, weight: float, schedule: StepSchedule) -> Tensor:
+    """Whether a step of this summed loss may change weights, a scalar on the device."""
+    allowed = loss.isfinite() & (weight > 0)
+    if schedule.max_loss is not None:
+        allowed &= loss <= schedule.max_loss * weight
+    return allowed
+
+
+def _update_later(norm: Tensor, updated: Tensor, measured: Tensor) -> Callable[[UpdateSizes | None], _Update]:
+    """Reads the numbers of an update when it is called: on CUDA, what the device is given until then does not delay them."""
+    numbers = torch.cat((torch.stack((norm, updated)), measured.flatten()))
+    read = Later(numbers).read if numbers.is_cuda else numbers.tolist
+
+    def made(sizes: UpdateSizes | None) -> _Update:
+        grad_norm, done, *values = read()
+        rows = torch.tensor(values, dtype=torch.float64).view(measured.shape).tolist()
+        return _Update(measured=rows, grad_norm=grad_norm, updated=bool(done), sizes=sizes)
+
+    return made
 
 
 def _sums(found: Sequence[tuple[Tensor, dict[str, Tensor]]]) -> _Sums:
