@@ -35,7 +35,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -48,6 +48,10 @@ from anarcho_optim.torch import MuonAdamW, param_groups
 from anarcho_tokenize import Batch
 from anarcho_train import StepSchedule, TrainConfig
 from anarcho_train.steps.torch import TorchStep
+from anarcho_train.steps.torch_ranks import TorchRanks
+
+if TYPE_CHECKING:
+    from anarcho_train.steps.torch_shards import Shards
 
 WARM_STEPS = 4
 """The first compiles, the second meets the gradients' first addresses, the others fill the allocator."""
@@ -57,6 +61,7 @@ CUDA_WORKSPACE_BYTES = 64 * 2**20
 """What cuBLAS works in."""
 SIDES = ("ours", "transformers")
 
+Strategy = Literal["ddp", "fsdp"]
 Step = Callable[[], Any]
 """Makes one optimizer step; the device may still be at work when it returns."""
 
@@ -94,7 +99,7 @@ class Job:
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     """Measure every job that was asked for; the rows that were written are returned, too."""
     options = _options(arguments)
-    ceiling = _in_process(_ceiling, options.device)
+    ceiling = in_process(product_rate, options.device)
     rows = []
     for text in options.jobs:
         job = Job.parse(text, layers=options.layers, dim=options.dim)
@@ -102,7 +107,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         print(json.dumps(rows[-1]), flush=True)
     if options.json:
         options.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    table = _table(rows)
+    table = as_table(rows)
     print(table)
     if options.markdown:
         options.markdown.write_text(table)
@@ -128,36 +133,38 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 
 def _measure(job: Job, ceiling: float, options: argparse.Namespace) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {side: [] for side in options.sides}
-    config = _config(job, options)
-    row: dict[str, Any] = {"forecast GB": round(_forecast(job, config)[0] / 1e9, 3)}
+    config = model_config(job, options)
+    row: dict[str, Any] = {"forecast GB": round(forecast(job, config)[0] / 1e9, 3)}
     for _ in range(options.rounds):
         for side in options.sides:
-            found = _in_process(_measure_side, side, job, config, options)
+            found = in_process(_measure_side, side, job, config, options)
             seconds[side] += found.pop("seconds")
             row |= {f"{side}: {key}": value for key, value in found.items()}
     for side, times in seconds.items():
         rate = job.batch * job.context / statistics.median(times)
         row[f"{side}: tokens/s"] = round(rate)
-        row[f"{side}: utilisation"] = round(rate * _flops_per_token(config) / ceiling, 3)
+        row[f"{side}: utilisation"] = round(rate * flops_per_token(config) / ceiling, 3)
     if len(options.sides) == 2:
         row["speed ratio"] = round(row["ours: tokens/s"] / row["transformers: tokens/s"], 2)
         row["memory ratio"] = round(row["ours: GB"] / max(row["transformers: GB"], 1e-9), 2)
     return row
 
 
-def _in_process(function: Callable[..., Any], *args: Any) -> Any:
+def in_process(function: Callable[..., Any], *args: Any) -> Any:
+    """What the function returns, called in a process of its own."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
         return process.submit(function, *args).result()
 
 
-def _ceiling(device: str) -> float:
+def product_rate(device: str) -> float:
     """Floating-point operations a second of a large bfloat16 product, the median of ten."""
     size = CEILING_SIZE if device == "cuda" else 256
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    return 2 * size**3 / statistics.median(_timed(lambda: a @ b, device, 10, warm=3))
+    return 2 * size**3 / statistics.median(timed(lambda: a @ b, device, 10, warm=3))
 
 
-def _config(job: Job, options: argparse.Namespace) -> ModelConfig:
+def model_config(job: Job, options: argparse.Namespace) -> ModelConfig:
+    """The shape of both sides' model."""
     return ModelConfig(
         vocab_size=options.vocabulary,
         context_length=job.context,
@@ -167,7 +174,8 @@ def _config(job: Job, options: argparse.Namespace) -> ModelConfig:
     )
 
 
-def _flops_per_token(config: ModelConfig) -> float:
+def flops_per_token(config: ModelConfig) -> float:
+    """The model's own operations, forward and backward."""
     matrices = config.num_parameters - (2 * config.num_layers + 1) * config.dim
     return 6 * matrices + 6 * config.num_layers * config.dim * config.context_length
 
@@ -175,21 +183,24 @@ def _flops_per_token(config: ModelConfig) -> float:
 def _measure_side(side: str, job: Job, config: ModelConfig, options: argparse.Namespace) -> dict[str, Any]:
     """One round of one side, in the process that calls it."""
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (job.batch, job.context + 1), dtype=np.int32)
-    step = (_our_step if side == "ours" else _their_step)(job, config, ids, options)
+    step = (our_step if side == "ours" else their_step)(job, config, ids, options)
     start = time.perf_counter()
-    _timed(step, options.device, WARM_STEPS)
+    timed(step, options.device, WARM_STEPS)
     warm = time.perf_counter() - start
     if options.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    seconds = _timed(step, options.device, options.steps)
+    seconds = timed(step, options.device, options.steps)
     peak = torch.cuda.max_memory_allocated() if options.device == "cuda" else 0
     return {"seconds": seconds, "warm s": round(warm, 1), "GB": round(peak / 1e9, 3)}
 
 
-def _timed(step: Step, device: str, number: int, *, warm: int = 0) -> list[float]:
-    """Seconds of each step, between synchronisations."""
+def timed(
+    step: Step, device: str, number: int, *, warm: int = 0, before: Callable[[], Any] = lambda: None
+) -> list[float]:
+    """Seconds of each step, between synchronisations; what is to be done ``before`` it is no part of it."""
     seconds = []
     for index in range(warm + number):
+        before()
         start = time.perf_counter()
         step()
         if device == "cuda":
@@ -199,19 +210,35 @@ def _timed(step: Step, device: str, number: int, *, warm: int = 0) -> list[float
     return seconds
 
 
-def _our_step(job: Job, config: ModelConfig, ids: np.ndarray, options: argparse.Namespace) -> Step:
+def our_step(
+    job: Job,
+    config: ModelConfig,
+    ids: np.ndarray,
+    options: argparse.Namespace,
+    *,
+    ranks: TorchRanks | None = None,
+    strategy: Strategy = "ddp",
+    micro_batches: int = 1,
+) -> Step:
+    """A step of a run with these settings; with several ``ranks``, of this one's share of it, whose rows are ``ids``."""
+    ranks = ranks or TorchRanks()
     model = GPT(config)
     model.init_weights(seed=0)
-    model.to(options.device, torch.bfloat16 if job.lean else torch.float32)
     model.gradient_checkpointing, model.narrow_residual = job.checkpointing, options.narrow_residual
+    shards = _in_shards(model, ranks, options) if strategy == "fsdp" and ranks.size > 1 else None
+    if shards is None:
+        model.to(options.device, torch.bfloat16 if job.lean else torch.float32)
+        ranks.join_devices(next(model.parameters()).device)
     groups = param_groups(model, config=OptimConfig(lr=1e-3, adamw_lr=1e-4))
     if job.optimizer == "adamw":
         groups = [{"params": list(model.named_parameters()), "algorithm": "adamw", "lr": 1e-4, "name": "all"}]
+    several = ranks.size * micro_batches > 1
     trainer = TorchStep(
         model,
         MuonAdamW(
             groups,
-            cuda_scratch_bytes=_forecast(job, config)[1],
+            process_group=None if shards else ranks.computing,
+            cuda_scratch_bytes=forecast(job, config, gradients_held=several)[1],
             state_dtype=torch.bfloat16 if job.lean else torch.float32,
             stochastic_rounding=job.lean,
         ),
@@ -223,13 +250,30 @@ def _our_step(job: Job, config: ModelConfig, ids: np.ndarray, options: argparse.
         ),
         save_model=lambda model, directory: None,
         load_model=lambda model, directory: None,
+        ranks=ranks,
+        shards=shards,
     )
-    batch = Batch(tokens=ids[:, :-1], targets=ids[:, 1:], weights=np.ones(ids[:, 1:].shape, dtype=np.float32))
-    return lambda: trainer.train([batch], schedule=StepSchedule(lr_scale=1.0))
+    batches = [
+        Batch(tokens=part[:, :-1], targets=part[:, 1:], weights=np.ones(part[:, 1:].shape, dtype=np.float32))
+        for part in np.split(ids, micro_batches)
+    ]
+    return lambda: trainer.train(batches, schedule=StepSchedule(lr_scale=1.0))
 
 
-def _forecast(job: Job, config: ModelConfig) -> tuple[int, int]:
-    """Bytes at the peak of our side, cuBLAS's own included, and of these what its optimizer may take for the time of an update."""
+def _in_shards(model: GPT, ranks: TorchRanks, options: argparse.Namespace) -> Shards:
+    from anarcho_train.steps.torch_shards import Shards
+
+    place = torch.device(options.device)
+    return Shards(model, list(model.model.layers), ranks, device=place, compute=torch.bfloat16)
+
+
+def forecast(
+    job: Job, config: ModelConfig, *, gradients_held: bool = False, shards: int | None = None
+) -> tuple[int, int]:
+    """Bytes at the peak of our side, cuBLAS's own included, and of these what its optimizer may take for the time of an update.
+
+    Of one of several processes, ``shards`` says into how many parts the model is cut, 1 where each has all of it.
+    """
     state: dict[str, Any] = {"matrix_optimizer_bytes": 4 if job.optimizer == "muon" else 8, "other_optimizer_bytes": 8}
     memory = training_memory(
         config,
@@ -237,10 +281,11 @@ def _forecast(job: Job, config: ModelConfig) -> tuple[int, int]:
         length=job.context,
         weight_dtype_bytes=2 if job.lean else 4,
         gradient_checkpointing=job.checkpointing,
-        gradients_held=False,
+        gradients_held=gradients_held,
         gradients_freed=job.at_once,
-        narrow_gradients=True,
+        narrow_gradients=shards is None,
         device="cuda",
+        shards=shards,
         **{key: size // 2 if job.lean else size for key, size in state.items()},
     )
     shapes = config.tensor_shapes().items()
@@ -249,7 +294,15 @@ def _forecast(job: Job, config: ModelConfig) -> tuple[int, int]:
     return replace(memory, optimizer_scratch=scratch).total + CUDA_WORKSPACE_BYTES, scratch
 
 
-def _their_step(job: Job, config: ModelConfig, ids: np.ndarray, options: argparse.Namespace) -> Step:
+def their_step(
+    job: Job,
+    config: ModelConfig,
+    ids: np.ndarray,
+    options: argparse.Namespace,
+    *,
+    averaged: Callable[[torch.nn.Module], torch.nn.Module] = lambda model: model,
+) -> Step:
+    """The same of transformers' model; ``averaged`` makes of it one whose gradients are those of several processes."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = LlamaForCausalLM(
@@ -270,7 +323,8 @@ def _their_step(job: Job, config: ModelConfig, ids: np.ndarray, options: argpars
     model.train()
     optimizers = _their_optimizers(model, job.optimizer)
     tokens = torch.from_numpy(ids.astype(np.int64)).to(options.device)
-    called = torch.compile(model, dynamic=False) if options.compile == "on" else model
+    whole = averaged(model)
+    called = torch.compile(whole, dynamic=False) if options.compile == "on" else whole
 
     def step() -> None:
         with torch.autocast(options.device, dtype=torch.bfloat16):
@@ -293,8 +347,9 @@ def _their_optimizers(model: torch.nn.Module, name: str) -> list[torch.optim.Opt
     return [torch.optim.Muon(matrices, lr=1e-3), torch.optim.AdamW(others, lr=1e-4, fused=True)]
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
-    keys = [key for key in rows[0] if not key.endswith("warm s")]
+def as_table(rows: list[dict[str, Any]]) -> str:
+    """The rows in Markdown, without the time of compilation."""
+    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if not key.endswith("warm s")]
     lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
     lines += ["| " + " | ".join(str(row.get(key, "")) for key in keys) + " |" for row in rows]
     return "\n".join(lines) + "\n"
