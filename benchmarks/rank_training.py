@@ -61,6 +61,8 @@ from cuda_training import (
     timed,
 )
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+"""By its number, because a machine may not know its own name."""
 CASES = ("ddp", "peer", "fsdp")
 ORDER = "RANK_TRAINING_ORDER"
 """The environment variable with the order of a rank."""
@@ -119,6 +121,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpointing", action="store_true", help="the blocks of fsdp keep their inputs alone")
     parser.add_argument("--narrow-residual", action="store_true", help="ours keeps the residual stream in bfloat16")
     parser.add_argument("--compile", choices=("on", "off"), default="on", help="of both sides")
+    parser.add_argument(
+        "--whole-graph", action="store_true", help="the peer's is not cut where buckets of gradients end"
+    )
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
     parser.add_argument("--timeout", type=int, default=240, help="seconds for one row, compilation included")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -192,9 +197,8 @@ def launched(order: Order, options: argparse.Namespace) -> dict[str, Any]:
     """What rank 0 has found, or the ``error`` of the first rank that failed."""
     with tempfile.TemporaryDirectory() as directory, Path(directory, "log").open("w+") as log:
         told = asdict(order) | {"directory": directory, "options": {**vars(options), "json": None, "markdown": None}}
-        count = str(order.processes)
         process = subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count, __file__],
+            [*TORCHRUN, "--nproc-per-node", str(order.processes), __file__],
             env={"OMP_NUM_THREADS": "1"} | os.environ | {ORDER: json.dumps(told)},
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -279,6 +283,7 @@ def _averaged(model: torch.nn.Module, ranks: TorchRanks, options: argparse.Names
     if ranks.size == 1:
         return model
     ranks.join_devices(next(model.parameters()).device)
+    torch._dynamo.config.optimize_ddp = not options.whole_graph
     return torch.nn.parallel.DistributedDataParallel(
         model,
         device_ids=[torch.cuda.current_device()] if options.device == "cuda" else None,
