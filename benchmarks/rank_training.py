@@ -196,10 +196,11 @@ def _forecast_bytes(order: Order, options: argparse.Namespace) -> int:
 def launched(order: Order, options: argparse.Namespace) -> dict[str, Any]:
     """What rank 0 has found, or the ``error`` of the first rank that failed."""
     with tempfile.TemporaryDirectory() as directory, Path(directory, "log").open("w+") as log:
-        told = asdict(order) | {"directory": directory, "options": {**vars(options), "json": None, "markdown": None}}
         process = subprocess.Popen(
             [*TORCHRUN, "--nproc-per-node", str(order.processes), __file__],
-            env={"OMP_NUM_THREADS": "1"} | os.environ | {ORDER: json.dumps(told)},
+            env={"OMP_NUM_THREADS": "1"}
+            | os.environ
+            | {ORDER: json.dumps(told(order, options) | {"directory": directory})},
             stdout=log,
             stderr=subprocess.STDOUT,
         )
@@ -218,10 +219,15 @@ def launched(order: Order, options: argparse.Namespace) -> dict[str, Any]:
         return {"error": errors[0].read_text() if errors else late}
 
 
-def rank(told: dict[str, Any]) -> None:
+def told(order: Order, options: argparse.Namespace) -> dict[str, Any]:
+    """What a rank is told, besides the directory for what it finds, as JSON knows it."""
+    return asdict(order) | {"options": {**vars(options), "json": None, "markdown": None}}
+
+
+def rank(given: dict[str, Any]) -> None:
     """What one process does: its part of one row."""
-    options = argparse.Namespace(**told["options"])
-    order = Order(told["case"], Job(**told["job"]), told["processes"], told["micro_batches"])
+    options, directory = argparse.Namespace(**given["options"]), given["directory"]
+    order = Order(given["case"], Job(**given["job"]), given["processes"], given["micro_batches"])
     faulthandler.dump_traceback_later(options.timeout, exit=True)
     ranks = connect(options.device, timeout_seconds=options.timeout)
     try:
@@ -229,11 +235,11 @@ def rank(told: dict[str, Any]) -> None:
     except BaseException as error:
         traceback.print_exc()
         text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        Path(told["directory"], f"error-{ranks.rank}").write_text(text)
+        Path(directory, f"error-{ranks.rank}").write_text(text)
         sys.stderr.flush()
         os._exit(1)  # The end of an interpreter would wait for what others do not send any more.
     if ranks.rank == 0:
-        Path(told["directory"], "result").write_text(json.dumps(found))
+        Path(directory, "result").write_text(json.dumps(found))
     ranks.gathered([0.0])
     faulthandler.cancel_dump_traceback_later()
     dist.destroy_process_group()
