@@ -143,6 +143,7 @@ class FusedStep:
         for batch in plan.matrices:
             orthogonal = _orthogonalize(batch, _advance(batch, plan.settings, seed), self.process_group)
             _apply(batch, orthogonal, plan.settings, seed)
+            del orthogonal  # Or it would lie beside the next batch.
         for vectors in plan.vectors:
             _update_vectors(vectors, plan.settings, seed)
 

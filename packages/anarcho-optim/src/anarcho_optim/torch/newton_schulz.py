@@ -96,13 +96,22 @@ def _composed(x: Tensor, coefficients: Coefficients, products: Products) -> Tens
     """The product of the polynomials of one segment's steps, (matrices, rows, rows)."""
     gram = products.symmetric(x, x)
     composed: Tensor | None = None
+    # At most four square stacks are there at a time, see `stack_bytes`: what is not needed any more is let go before the next is made.
     for index, (a, b, c) in enumerate(coefficients):
         polynomial = products.polynomial(gram, a, b, c)
         if index + 1 < len(coefficients):
-            gram = products.symmetric(polynomial, products.symmetric(polynomial, gram))
+            gram = products.symmetric(polynomial, gram)
+            gram = products.symmetric(polynomial, gram)
+        else:
+            gram = polynomial
         composed = polynomial if composed is None else products.symmetric(polynomial, composed)
     assert composed is not None
     return composed
+
+
+def stack_bytes(rows: int, columns: int, *, element_bytes: int) -> int:
+    """The most that `iterate` holds for each (rows <= columns) matrix: the iterate before and after a segment, and four square stacks."""
+    return element_bytes * (2 * rows * columns + 4 * rows * rows)
 
 
 def iterate(x: Tensor, variant: Variant, *, products: Products = PLAIN) -> Tensor:
@@ -118,6 +127,7 @@ def iterate(x: Tensor, variant: Variant, *, products: Products = PLAIN) -> Tenso
         composed = _composed(x.mT if tall else x, variant.coefficients[start : start + length], products)
         # Written to a contiguous tensor: to a transposed one, the CPU takes a path that is thousands of times slower.
         torch.bmm(*((x, composed) if tall else (composed, x)), out=spare)
+        del composed
         x, spare = spare, x
         start += length
     return x

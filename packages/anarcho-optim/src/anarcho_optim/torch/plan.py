@@ -18,7 +18,7 @@ from torch import Tensor
 from anarcho_optim.coefficients import Variant, iteration
 from anarcho_optim.groups import Blocks, blocks
 from anarcho_optim.scaling import shape_scale
-from anarcho_optim.torch.newton_schulz import resolve_ns_dtype
+from anarcho_optim.torch.newton_schulz import resolve_ns_dtype, stack_bytes
 
 Group = dict[str, Any]
 State = Mapping[Tensor, dict[str, Tensor]]
@@ -234,8 +234,7 @@ def _matrix_batches(
 ) -> Iterator[MatrixBatch]:
     for (index, device, dtype, gradient_dtype, state_dtype, rows, columns), pieces in found.items():
         group = groups[index]
-        # The iterate before and after a segment, and four square stacks, in half precision.
-        size = max(1, scratch_bytes // (4 * rows * columns + 8 * rows * rows))
+        size = max(1, scratch_bytes // stack_bytes(rows, columns, element_bytes=2))
         pieces = sorted(pieces, key=lambda piece: not piece.tall)
         for start in range(0, len(pieces), size):
             batch = pieces[start : start + size]
