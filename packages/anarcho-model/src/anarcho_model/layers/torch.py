@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from anarcho_model.config import ModelConfig
-from anarcho_model.layers import torch_cpu
+from anarcho_model.layers import torch_cpu, torch_cuda
+from anarcho_model.layers.torch_rotary import RotaryTables, rotate
 
 __all__ = ["AttentionContext", "Block", "LayerCache", "RMSNorm", "RotaryTables", "compute_dtype", "widen"]
 
@@ -62,60 +63,6 @@ def project_all(x: Float[Tensor, "tokens inputs"], *layers: nn.Module) -> list[F
         together = torch_cpu.linear(x, *weights, dtype=compute_dtype(x)) if on_cpu else F.linear(x, torch.cat(weights))
         return list(together.split([len(weight) for weight in weights], dim=-1))
     return [layer(x) for layer in layers]
-
-
-class RotaryTables(nn.Module):
-    """Cosines and sines of every position, kept in float32 whatever the weights are cast to; not part of the state."""
-
-    cos: Float[Tensor, "positions half"]
-    sin: Float[Tensor, "positions half"]
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
-        self._build(None)
-
-    def _build(self, device: torch.device | None) -> None:
-        positions = torch.arange(self.config.context_length, dtype=torch.float32, device=device)
-        exponents = (
-            torch.arange(0, self.config.head_size, 2, dtype=torch.float32, device=device) / self.config.head_size
-        )
-        frequencies = 1.0 / self.config.rope_theta**exponents  # in float32 like Transformers, or long texts drift apart
-        if self.config.rope_scaling is not None:
-            scaled = [self.config.rope_scaling.scale(frequency) for frequency in frequencies.tolist()]
-            frequencies = torch.tensor(scaled, dtype=torch.float32, device=device)
-        angles = positions[:, None] * frequencies
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
-
-    def _apply(self, fn, recurse: bool = True):  # pyright: ignore[reportMissingParameterType]
-        super()._apply(fn, recurse)
-        if self.cos.dtype != torch.float32:  # model.to(torch.bfloat16) has rounded the angles' cosines: make them anew
-            self._build(self.cos.device)
-        return self
-
-    def forward(
-        self, positions: Int[Tensor, "batch length"] | None, *, length: int
-    ) -> tuple[Float[Tensor, "rows 1 length half"], Float[Tensor, "rows 1 length half"]]:
-        """Tables for the given positions (rows = batch), or for 0 .. length - 1 (rows = 1)."""
-        if positions is None:
-            return self.cos[None, None, :length], self.sin[None, None, :length]
-        return self.cos[positions][:, None], self.sin[positions][:, None]
-
-
-def rotate(
-    x: Float[Tensor, "batch heads length head"],
-    cos: Float[Tensor, "rows 1 length half"],
-    sin: Float[Tensor, "rows 1 length half"],
-) -> Float[Tensor, "batch heads length head"]:
-    """Turn the pairs (i, i + head/2) of each head by its position's angles, in float32; returned in the type of `x`."""
-    if torch.compiler.is_compiling():
-        # The same sums, of halves that change places: what is put together of two parts is compiled into slower code.
-        halves = x.unflatten(-1, (2, -1))
-        signed = torch.stack((-sin, sin), dim=-2)
-        return (halves * cos.unsqueeze(-2) + halves.flip(-2) * signed).flatten(-2).to(x.dtype)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 CUDA_BACKENDS = [
@@ -207,15 +154,7 @@ class Attention(nn.Module):
         self, x: Float[Tensor, "batch length dim"], context: AttentionContext, cache: LayerCache | None
     ) -> Float[Tensor, "batch length dim"]:
         batch, length, dim = x.shape
-        flat = x.reshape(-1, dim)
-        q, k, v = project_all(flat, self.q_proj, self.k_proj, self.v_proj)
-        q = q.view(batch, length, self.heads, self.head_size)
-        k = k.view(batch, length, self.kv_heads, self.head_size)
-        v = v.view(batch, length, self.kv_heads, self.head_size).transpose(1, 2)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q = rotate(q.transpose(1, 2), context.cos, context.sin)
-        k = rotate(k.transpose(1, 2), context.cos, context.sin)
+        q, k, v = self._heads_of(x, context)
         if cache is not None:
             k, v = cache.append(k, v, context)
         if self.kv_heads != self.heads:  # repeated here, because not every device's kernel takes grouped heads
@@ -224,6 +163,21 @@ class Attention(nn.Module):
         mixed = attend(q, k, v, mask=context.mask)
         (result,) = project_all(mixed.transpose(1, 2).reshape(batch * length, -1), self.o_proj)
         return result.view(batch, length, dim)
+
+    def _heads_of(
+        self, x: Float[Tensor, "batch length dim"], context: AttentionContext
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The rotated queries and keys, and the values, each (batch, heads, length, head)."""
+        flat, cos, sin, dtype = x.reshape(-1, x.shape[-1]), context.cos, context.sin, compute_dtype(x)
+        layers = self.q_proj, self.k_proj, self.v_proj
+        if self.q_norm is None and torch_cuda.suits(flat, *layers, dtype=dtype):
+            weight = torch.cat([layer.weight for layer in layers]).to(dtype)
+            return torch_cuda.heads_of(flat.to(dtype), weight, cos, sin, heads=self.heads, kv_heads=self.kv_heads)
+        q, k, v = (part.view(*x.shape[:2], -1, self.head_size) for part in project_all(flat, *layers))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
 class SwiGLU(nn.Module):
@@ -236,7 +190,10 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(config.ffn_size, config.dim, bias=False)
 
     def forward(self, x: Float[Tensor, "batch length dim"]) -> Float[Tensor, "batch length dim"]:
-        flat = x.reshape(-1, x.shape[-1])
+        flat, dtype = x.reshape(-1, x.shape[-1]), compute_dtype(x)
+        if torch_cuda.suits(flat, self.gate_proj, self.up_proj, self.down_proj, dtype=dtype):
+            gate_up = F.linear(flat, torch.cat((self.gate_proj.weight, self.up_proj.weight)))
+            return torch_cuda.swiglu(gate_up, self.down_proj.weight.to(dtype)).view(x.shape)
         gate, up = project_all(flat, self.gate_proj, self.up_proj)
         (result,) = project_all(F.silu(gate) * up, self.down_proj)
         return result.view(x.shape)

@@ -1,0 +1,135 @@
+"""The layers of models that are compiled for CUDA whose backward the compiler writes slowly, with kernels of our own for that.
+
+Notable:
+
+* SwiGLU keeps gate and up for backward, side by side as their product made them; the hidden layer is computed again by the kernel that
+  computes their gradient, for the gradient of the weight that reads it;
+* the gradients of q, k and v, in whatever order they lie, become that of their joint product in one pass;
+* the kernels are operators of their own, so that PyTorch's tracers see one call each. Forward is left to the compiler.
+
+Both round products to the compute dtype, as autocast does everywhere. Shapes as in `anarcho_model.torch`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from anarcho_model.layers.torch_rotary import rotate
+
+__all__ = ["heads_of", "suits", "swiglu"]
+
+AVAILABLE = importlib.util.find_spec("triton") is not None
+"""Whether the kernels can be compiled."""
+DEVICE_TYPE = "cuda"
+"""Where they run."""
+DTYPES = (torch.bfloat16, torch.float16)
+"""The compute dtypes. In float32 `rotate` ends with a cast that does nothing; PyTorch 2.11 loses the gradient of such a result of a
+function that it traces."""
+
+
+def suits(x: Float[Tensor, "tokens inputs"], *layers: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether this is training, compiled for CUDA, of plain linear layers with a gradient and products in `dtype`."""
+    if not (AVAILABLE and x.device.type == DEVICE_TYPE and torch.compiler.is_compiling() and torch.is_grad_enabled()):
+        return False
+    return dtype in DTYPES and all(type(layer) is nn.Linear and layer.weight.requires_grad for layer in layers)
+
+
+def swiglu(
+    gate_up: Float[Tensor, "tokens both"], weight: Float[Tensor, "outputs hidden"]
+) -> Float[Tensor, "tokens outputs"]:
+    """`silu(gate) * up` by `weight`, of the same dtype; gate and up lie side by side."""
+    return _SwiGLU.apply(gate_up, weight)  # pyright: ignore[reportReturnType]
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up, weight)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return (F.silu(gate) * up) @ weight.t()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
+        gate_up, weight = ctx.saved_tensors
+        grad = grad_outputs[0]
+        grad_gate_up, hidden = swiglu_gradients(gate_up, grad @ weight)
+        return grad_gate_up, grad.t() @ hidden
+
+
+def heads_of(
+    x: Float[Tensor, "tokens inputs"],
+    weight: Float[Tensor, "all_heads inputs"],
+    cos: Float[Tensor, "rows 1 length half"],
+    sin: Float[Tensor, "rows 1 length half"],
+    *,
+    heads: int,
+    kv_heads: int,
+) -> tuple[
+    Float[Tensor, "batch heads length head"],
+    Float[Tensor, "batch kv length head"],
+    Float[Tensor, "batch kv length head"],
+]:
+    """q and k, rotated, and v: what the rows of `weight` for them, one below the other, make of `x`, of the same dtype."""
+    return _Heads.apply(x, weight, cos, sin, heads, kv_heads)  # pyright: ignore[reportReturnType]
+
+
+class _Heads(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(x, weight, cos, sin)
+        length, head_size = cos.shape[2], 2 * cos.shape[3]
+        together = (x @ weight.t()).view(-1, length, heads + 2 * kv_heads, head_size)
+        q, k, v = (part.transpose(1, 2) for part in together.split((heads, kv_heads, kv_heads), dim=2))
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, cos, sin = ctx.saved_tensors
+        grad_q, grad_k, grad_v = grad_outputs
+        grad = pack_rotary_gradients(grad_q, grad_k, grad_v, cos, sin)
+        return grad @ weight, grad.t() @ x, None, None, None, None
+
+
+@torch.library.custom_op(
+    "anarcho_model::swiglu_gradients",
+    mutates_args=(),
+    device_types="cuda",
+    schema="(Tensor gate_up, Tensor grad_hidden) -> (Tensor, Tensor)",
+)
+def swiglu_gradients(gate_up: Tensor, grad_hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """See `torch_cuda_kernels.swiglu_gradients`; Triton is imported where it is used."""
+    from anarcho_model.layers import torch_cuda_kernels
+
+    return torch_cuda_kernels.swiglu_gradients(gate_up, grad_hidden)
+
+
+@swiglu_gradients.register_fake
+def _(gate_up: Tensor, grad_hidden: Tensor) -> tuple[Tensor, Tensor]:
+    return gate_up.new_empty(gate_up.shape), grad_hidden.new_empty(grad_hidden.shape)
+
+
+@torch.library.custom_op(
+    "anarcho_model::pack_rotary_gradients",
+    mutates_args=(),
+    device_types="cuda",
+    schema="(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor cos, Tensor sin) -> Tensor",
+)
+def pack_rotary_gradients(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """See `torch_cuda_kernels.pack_rotary_gradients`."""
+    from anarcho_model.layers import torch_cuda_kernels
+
+    return torch_cuda_kernels.pack_rotary_gradients(grad_q, grad_k, grad_v, cos, sin)
+
+
+@pack_rotary_gradients.register_fake
+def _(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    batch, heads, length, head_size = grad_q.shape
+    return grad_q.new_empty((batch * length, (heads + 2 * grad_k.shape[1]) * head_size))
