@@ -16,7 +16,8 @@ QK-norm (arXiv:2010.04245), SwiGLU (arXiv:2002.05202).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -26,6 +27,7 @@ from jaxtyping import Float, Int
 
 from anarcho_model.config import ModelConfig
 from anarcho_model.layers.mlx_attention import attend, attend_in_training
+from anarcho_model.layers.mlx_cuda import gated_gradients, has_gated_gradients, has_norm_gradients, norm_gradients
 
 __all__ = [
     "AttentionContext",
@@ -122,7 +124,26 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def __call__(self, x: Float[mx.array, "*shape size"], *, dtype: mx.Dtype) -> Float[mx.array, "*shape size"]:
-        return mx.fast.rms_norm(x.astype(dtype), self.weight.astype(dtype), self.eps)
+        x, weight = x.astype(dtype), self.weight.astype(dtype)
+        if has_norm_gradients(x.shape[-1], dtype):
+            return _norm_on_cuda(self.eps)(x, weight)  # pyright: ignore[reportReturnType]
+        return mx.fast.rms_norm(x, weight, self.eps)
+
+
+@functools.cache
+def _norm_on_cuda(eps: float) -> Callable[[mx.array, mx.array], mx.array]:
+    """The norm with `norm_gradients`."""
+
+    @mx.custom_function
+    def norm(x: mx.array, weight: mx.array) -> mx.array:
+        return mx.fast.rms_norm(x, weight, eps)
+
+    @norm.vjp
+    def _(primals: Sequence[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
+        x, weight = primals
+        return norm_gradients(x, weight, cotangent, eps=eps)
+
+    return norm  # pyright: ignore[reportReturnType]
 
 
 class Rotation(NamedTuple):
@@ -232,6 +253,10 @@ def _project_gated_vjp(
     primals: Sequence[mx.array], cotangent: mx.array, _: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
     gate, up, weight = mx.depends(list(primals), [cotangent])
+    if has_gated_gradients(gate):
+        *grads, product = gated_gradients(gate, up, cotangent @ weight)
+        grad_weight = _grad_weight(cotangent, product)
+        return *mx.depends(grads, [grad_weight]), grad_weight  # pyright: ignore[reportReturnType]
     grad_weight = _grad_weight(cotangent, nn.silu(gate) * up)
     grad, gate = mx.depends([cotangent @ weight, gate], [grad_weight])
     return *_grad_gated(gate, up, grad), grad_weight
