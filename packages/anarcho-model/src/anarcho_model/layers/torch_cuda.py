@@ -5,7 +5,8 @@ Notable:
 * SwiGLU keeps gate and up for backward, side by side as their product made them; the hidden layer is computed again by the kernel that
   computes their gradient, for the gradient of the weight that reads it;
 * the gradients of q, k and v, in whatever order they lie, become that of their joint product in one pass;
-* the kernels are operators of their own, so that PyTorch's tracers see one call each. Forward is left to the compiler.
+* the layers are operators of their own, which PyTorch's tracers open after they have derived the gradients: with checkpointing they are
+  computed again like all others (what a traced `autograd.Function` returns is not, in PyTorch 2.11). Forward is left to the compiler.
 
 Both round products to the compute dtype, as autocast does everywhere. Shapes as in `anarcho_model.torch`.
 """
@@ -13,14 +14,14 @@ Both round products to the compute dtype, as autocast does everywhere. Shapes as
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from anarcho_model.layers.torch_rotary import rotate
+from anarcho_model.layers.torch_rotary import rotate_halves
 
 __all__ = ["heads_of", "suits", "swiglu"]
 
@@ -28,9 +29,8 @@ AVAILABLE = importlib.util.find_spec("triton") is not None
 """Whether the kernels can be compiled."""
 DEVICE_TYPE = "cuda"
 """Where they run."""
-DTYPES = (torch.bfloat16, torch.float16)
-"""The compute dtypes. In float32 `rotate` ends with a cast that does nothing; PyTorch 2.11 loses the gradient of such a result of a
-function that it traces."""
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""The compute dtypes that arithmetic in float32 serves."""
 
 
 def suits(x: Float[Tensor, "tokens inputs"], *layers: nn.Module, dtype: torch.dtype) -> bool:
@@ -44,22 +44,28 @@ def swiglu(
     gate_up: Float[Tensor, "tokens both"], weight: Float[Tensor, "outputs hidden"]
 ) -> Float[Tensor, "tokens outputs"]:
     """`silu(gate) * up` by `weight`, of the same dtype; gate and up lie side by side."""
-    return _SwiGLU.apply(gate_up, weight)  # pyright: ignore[reportReturnType]
+    return _swiglu(gate_up, weight)
 
 
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up, weight)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return (F.silu(gate) * up) @ weight.t()
+@no_type_check
+def _swiglu_forward(gate_up: Tensor, weight: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return (F.silu(gate) * up) @ weight.t()
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
-        gate_up, weight = ctx.saved_tensors
-        grad = grad_outputs[0]
-        grad_gate_up, hidden = swiglu_gradients(gate_up, grad @ weight)
-        return grad_gate_up, grad.t() @ hidden
+
+def _swiglu_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    gate_up, weight = ctx.saved_tensors
+    grad_gate_up, hidden = swiglu_gradients(gate_up, grad @ weight)
+    return grad_gate_up, grad.t() @ hidden
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
+    del output
+    ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
+
+
+_swiglu: Any = torch.library.triton_op("anarcho_model::swiglu", _swiglu_forward, mutates_args=())
+_swiglu.register_autograd(_swiglu_backward, setup_context=_save)
 
 
 def heads_of(
@@ -76,26 +82,27 @@ def heads_of(
     Float[Tensor, "batch kv length head"],
 ]:
     """q and k, rotated, and v: what the rows of `weight` for them, one below the other, make of `x`, of the same dtype."""
-    return _Heads.apply(x, weight, cos, sin, heads, kv_heads)  # pyright: ignore[reportReturnType]
+    return _heads_of(x, weight, cos, sin, heads, kv_heads)
 
 
-class _Heads(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(x, weight, cos, sin)
-        length, head_size = cos.shape[2], 2 * cos.shape[3]
-        together = (x @ weight.t()).view(-1, length, heads + 2 * kv_heads, head_size)
-        q, k, v = (part.transpose(1, 2) for part in together.split((heads, kv_heads, kv_heads), dim=2))
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+@no_type_check
+def _heads_of_forward(
+    x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    length, head_size = cos.shape[2], 2 * cos.shape[3]
+    together = (x @ weight.t()).view(-1, length, heads + 2 * kv_heads, head_size)
+    q, k, v = (part.transpose(1, 2) for part in together.split((heads, kv_heads, kv_heads), dim=2))
+    return rotate_halves(q, cos, sin), rotate_halves(k, cos, sin), v
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, cos, sin = ctx.saved_tensors
-        grad_q, grad_k, grad_v = grad_outputs
-        grad = pack_rotary_gradients(grad_q, grad_k, grad_v, cos, sin)
-        return grad @ weight, grad.t() @ x, None, None, None, None
+
+def _heads_of_backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, cos, sin = ctx.saved_tensors
+    grad = pack_rotary_gradients(grad_q, grad_k, grad_v, cos, sin)
+    return grad @ weight, grad.t() @ x, None, None, None, None
+
+
+_heads_of: Any = torch.library.triton_op("anarcho_model::heads_of", _heads_of_forward, mutates_args=())
+_heads_of.register_autograd(_heads_of_backward, setup_context=_save)
 
 
 @torch.library.custom_op(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from anarcho_model.config import ModelConfig
 
-__all__ = ["RotaryTables", "rotate"]
+__all__ = ["RotaryTables", "rotate", "rotate_halves"]
 
 
 class RotaryTables(nn.Module):
@@ -60,9 +60,17 @@ def rotate(
 ) -> Float[Tensor, "batch heads length head"]:
     """Turn the pairs (i, i + head/2) of each head by its position's angles, in float32; returned in the type of `x`."""
     if torch.compiler.is_compiling():
-        # The same sums, of halves that change places: what is put together of two parts is compiled into slower code.
-        halves = x.unflatten(-1, (2, -1))
-        signed = torch.stack((-sin, sin), dim=-2)
-        return (halves * cos.unsqueeze(-2) + halves.flip(-2) * signed).flatten(-2).to(x.dtype)
+        return rotate_halves(x, cos, sin)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def rotate_halves(
+    x: Float[Tensor, "batch heads length head"],
+    cos: Float[Tensor, "rows 1 length half"],
+    sin: Float[Tensor, "rows 1 length half"],
+) -> Float[Tensor, "batch heads length head"]:
+    """The same sums, of halves that change places: what is put together of two parts is compiled into slower code."""
+    halves = x.unflatten(-1, (2, -1))
+    signed = torch.stack((-sin, sin), dim=-2)
+    return (halves * cos.unsqueeze(-2) + halves.flip(-2) * signed).flatten(-2).to(x.dtype)
