@@ -14,12 +14,14 @@ Both round products to the compute dtype, as autocast does everywhere. Shapes as
 from __future__ import annotations
 
 import importlib.util
-from typing import Any, no_type_check
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from anarcho_model.layers.torch_rotary import rotate_halves
 
@@ -40,6 +42,23 @@ def suits(x: Float[Tensor, "tokens inputs"], *layers: nn.Module, dtype: torch.dt
     return dtype in DTYPES and all(type(layer) is nn.Linear and layer.weight.requires_grad for layer in layers)
 
 
+def _operator(signature: str, function: Callable[..., Any]) -> Any:
+    """An operator that is differentiated whole and then traced through, as `torch.library.triton_op` makes them.
+
+    That function would import Triton with this module, and warn where there is none.
+    """
+    name, _, schema = signature.partition("(")
+    operator = torch.library.custom_op(f"anarcho_model::{name}", function, mutates_args=(), schema=f"({schema}")
+    operator.register_fake(function)
+
+    def traced(mode: FunctionalTensorMode, _operator: object, _types: object, args: Any, kwargs: Any) -> Any:
+        with mode:
+            return function(*args, **kwargs)
+
+    operator.register_torch_dispatch(FunctionalTensorMode, traced)
+    return operator
+
+
 def swiglu(
     gate_up: Float[Tensor, "tokens both"], weight: Float[Tensor, "outputs hidden"]
 ) -> Float[Tensor, "tokens outputs"]:
@@ -47,7 +66,6 @@ def swiglu(
     return _swiglu(gate_up, weight)
 
 
-@no_type_check
 def _swiglu_forward(gate_up: Tensor, weight: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return (F.silu(gate) * up) @ weight.t()
@@ -64,7 +82,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
     ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
 
 
-_swiglu: Any = torch.library.triton_op("anarcho_model::swiglu", _swiglu_forward, mutates_args=())
+_swiglu = _operator("swiglu(Tensor gate_up, Tensor weight) -> Tensor", _swiglu_forward)
 _swiglu.register_autograd(_swiglu_backward, setup_context=_save)
 
 
@@ -85,7 +103,6 @@ def heads_of(
     return _heads_of(x, weight, cos, sin, heads, kv_heads)
 
 
-@no_type_check
 def _heads_of_forward(
     x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,7 +118,10 @@ def _heads_of_backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor)
     return grad @ weight, grad.t() @ x, None, None, None, None
 
 
-_heads_of: Any = torch.library.triton_op("anarcho_model::heads_of", _heads_of_forward, mutates_args=())
+_heads_of = _operator(
+    "heads_of(Tensor x, Tensor weight, Tensor cos, Tensor sin, int heads, int kv_heads) -> (Tensor, Tensor, Tensor)",
+    _heads_of_forward,
+)
 _heads_of.register_autograd(_heads_of_backward, setup_context=_save)
 
 
