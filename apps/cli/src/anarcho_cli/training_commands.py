@@ -103,6 +103,25 @@ def given(ctx: typer.Context, parameter: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
+def configuration_with_base(
+    model: Path, *, preset: str, file: Path | None, overrides: list[str], data: str | None
+) -> RunConfig:
+    """A run's configuration, whose model and vocabulary are those of the base model's directory."""
+    from anarcho_model.directory import load_config
+    from anarcho_tokenize import load_tokenizer
+
+    from anarcho_cli.config import resolve, section_values
+    from anarcho_cli.layers import Layer
+
+    sections = {
+        "model": section_values(load_config(model)),
+        "tokenizer": {"vocab_size": load_tokenizer(model).vocab_size},
+    }
+    options = [Layer(origin=f"--from {model}", sections=sections)]
+    options += [] if data is None else [Layer(origin="--data", sections={"data": {"source": data}})]
+    return resolve(preset=preset, file=file, overrides=overrides, options=options)
+
+
 def require_source(config: RunConfig, *, kind: str) -> None:
     """Find the text now, so that a wrong path leaves no run behind."""
     from anarcho_tokenize import check_source
@@ -120,8 +139,8 @@ def _require_base(config: RunConfig, base: Path | None) -> None:
 
     if config.lora.rank and base is None:
         raise ConfigError(
-            f"lora.rank is {config.lora.rank}, but this run begins without a model to adapt; expected 0, or tune a "
-            "model with anarcho sft --from or anarcho preference --from"
+            f"lora.rank is {config.lora.rank}, but this run begins without a model to adapt; expected 0, or a model "
+            "to begin with as --from"
         )
 
 

@@ -25,6 +25,8 @@ from anarcho_cli.training_commands import (
     SetOption,
     SuperviseOption,
     chosen_backend,
+    configuration_with_base,
+    given,
     refuse_without_resume,
     resume_run,
     start_run,
@@ -34,8 +36,21 @@ if TYPE_CHECKING:
     from anarcho_cli.config import RunConfig
 
 
+CONTINUED = "continued"
+"""The preset of runs that begin with a model, unless another is given."""
+
+
 def pretrain(
     ctx: typer.Context,
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="MODEL",
+            help="Run, checkpoint or model directory to begin with, its tokenizer included; with it, the preset is "
+            f"`{CONTINUED}` unless another is given.",
+        ),
+    ] = None,
     preset: PresetOption = "quickstart",
     file: FileOption = None,
     overrides: SetOption = None,
@@ -60,8 +75,8 @@ def pretrain(
 ) -> None:
     """Train a model from raw text.
 
-    With no option it trains the quickstart model on the embedded corpus. Progress goes to standard error; the last line
-    of standard output is the run directory.
+    With no option it trains the quickstart model on the embedded corpus. With --from a model that has been trained goes on
+    with other text. Progress goes to standard error; the last line of standard output is the run directory.
     """
     diagnostics = Diagnostics(profile=profile, detect_anomaly=detect_anomaly)
     if resume is not None:
@@ -78,7 +93,13 @@ def pretrain(
         )
         return
     refuse_without_resume(allow_changes=allow_changes)
-    config = _configuration(preset=preset, file=file, overrides=overrides or [], data=data, tokenizer=tokenizer)
+    common = {"file": file, "overrides": overrides or [], "data": data}
+    if base is not None:
+        base = tokenizer = _base_model(base, tokenizer)
+        preset = preset if given(ctx, "preset") else CONTINUED
+        config = configuration_with_base(base, preset=preset, **common)
+    else:
+        config = _configuration(preset=preset, tokenizer=tokenizer, **common)
     start_run(
         config,
         kind="text",
@@ -91,8 +112,19 @@ def pretrain(
         supervise=supervise,
         json=json,
         tokenizer=tokenizer,
+        base=base,
         diagnostics=diagnostics,
     )
+
+
+def _base_model(path: Path, tokenizer: Path | None) -> Path:
+    """The directory of the model to begin with, whose ids mean something in its own tokenizer alone."""
+    from anarcho_cli.models import find_model
+    from anarcho_cli.runs import RunError
+
+    if tokenizer is not None:
+        raise RunError(f"--tokenizer {tokenizer} cannot go with --from, whose model has its own; leave it out")
+    return find_model(path)
 
 
 def _configuration(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -24,14 +24,11 @@ from anarcho_cli.training_commands import (
     SetOption,
     SuperviseOption,
     chosen_backend,
+    configuration_with_base,
     refuse_without_resume,
     resume_run,
     start_run,
 )
-
-if TYPE_CHECKING:
-    from anarcho_cli.config import RunConfig
-
 
 DATA_NAMES = {"chat": "Conversations", "preference": "Pairs of answers"}
 
@@ -89,7 +86,7 @@ def tuning_command(kind: str, *, preset: str, doc: str) -> Callable[..., None]:
         if base is None:
             raise ModelNotFoundError("--from is missing; expected the run, checkpoint or model directory to tune")
         model = find_model(base)
-        config = configuration(model, preset=preset, file=file, overrides=overrides or [], data=data)
+        config = configuration_with_base(model, preset=preset, file=file, overrides=overrides or [], data=data)
         start_run(
             config,
             kind=kind,
@@ -108,25 +105,6 @@ def tuning_command(kind: str, *, preset: str, doc: str) -> Callable[..., None]:
 
     tune.__doc__ = doc
     return tune
-
-
-def configuration(
-    model: Path, *, preset: str, file: Path | None, overrides: list[str], data: str | None
-) -> "RunConfig":
-    """The run's configuration, whose model and vocabulary are those of the base model's directory."""
-    from anarcho_model.directory import load_config
-    from anarcho_tokenize import load_tokenizer
-
-    from anarcho_cli.config import resolve, section_values
-    from anarcho_cli.layers import Layer
-
-    sections = {
-        "model": section_values(load_config(model)),
-        "tokenizer": {"vocab_size": load_tokenizer(model).vocab_size},
-    }
-    options = [Layer(origin=f"--from {model}", sections=sections)]
-    options += [] if data is None else [Layer(origin="--data", sections={"data": {"source": data}})]
-    return resolve(preset=preset, file=file, overrides=overrides, options=options)
 
 
 sft = tuning_command(
