@@ -66,6 +66,8 @@ class Job:
     """Factors of the first values of matrices."""
     per_head: bool = False
     """Whether Muon takes queries, keys and values head by head."""
+    narrow_residual: bool = False
+    """Whether the residual stream has the type of the matrix products."""
     grad_clip: float = 1.0
     """Largest norm of the gradient."""
     seed: int = 0

@@ -28,15 +28,17 @@ class OwnModels:
 
     def __init__(self, device: torch.device, *, precision: Any, compile_mode: Any) -> None:
         self._device, self._precision, self._compile_mode = device, precision, compile_mode
-        self._models: dict[ModelConfig, GPT] = {}
+        self._models: dict[tuple[ModelConfig, bool], GPT] = {}
         self._first: tuple[Any, list[Tensor]] | None = None
         self._warm: set[Any] = set()
 
     def step(self, job: Job) -> TorchStep:
         """A training step with the first weights of the job."""
-        if job.model not in self._models:
-            self._models[job.model] = GPT(job.model).to(self._device)
-        model = self._models[job.model]
+        key = (job.model, job.narrow_residual)
+        if key not in self._models:
+            self._models[key] = GPT(job.model).to(self._device)
+            self._models[key].narrow_residual = job.narrow_residual
+        model = self._models[key]
         self._begin(model, job)
         config = TrainConfig(
             grad_clip=job.grad_clip, precision=self._precision, compile=self._compile_mode, seed=job.seed
@@ -57,7 +59,7 @@ class OwnModels:
             o.frobenius_normalization,
         )
         for batches in micro_batches:
-            key = (job.model, kernels, o.ns_dtype, job.per_head, batches[0].tokens.shape)
+            key = (job.model, job.narrow_residual, kernels, o.ns_dtype, job.per_head, batches[0].tokens.shape)
             if key not in self._warm:
                 self.step(job).train(batches, schedule=StepSchedule(lr_scale=0.0))
                 self._warm.add(key)
@@ -65,7 +67,7 @@ class OwnModels:
 
     @torch.no_grad()
     def _begin(self, model: GPT, job: Job) -> None:
-        key = (job.model, job.init, job.seed, job.gains, job.scales)
+        key = (id(model), job.init, job.seed, job.gains, job.scales)
         if self._first is None or self._first[0] != key:
             self._first = None
             model.init_weights(seed=job.seed, init=job.init)

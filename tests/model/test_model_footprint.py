@@ -73,6 +73,21 @@ def test_the_forecast_of_activations_is_within_two_percent_of_what_autograd_save
     assert forecast.activations + forecast.weight_casts == pytest.approx(saved.num_bytes, rel=0.02)
 
 
+def test_with_checkpointing_a_narrow_residual_stream_halves_what_blocks_keep():
+    def kept(*, narrow: bool) -> int:
+        model = GPT(ModelConfig(**SHAPE))
+        model.gradient_checkpointing, model.narrow_residual = True, narrow
+        saved = Saved(model)
+        hooks = torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor)
+        with hooks, torch.autocast("cpu", torch.bfloat16):
+            model.token_logprobs(*torch.randint(0, 300, (2, 3, 64)))
+        sizes = {"micro_batch": 3, "length": 64, "gradient_checkpointing": True, "narrow_residual": narrow}
+        assert training_memory(model.config, **sizes).activations == pytest.approx(saved.num_bytes, rel=0.02)
+        return saved.num_bytes
+
+    assert kept(narrow=False) - kept(narrow=True) == pytest.approx(3 * 3 * 64 * 64 * 2, rel=0.01)
+
+
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="PyTorch is built without its operations for CUDA")
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_on_cuda_the_forecast_of_activations_is_what_its_own_operations_save(monkeypatch, qk_norm):

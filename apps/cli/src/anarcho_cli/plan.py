@@ -187,6 +187,7 @@ def _memory(
         matrix_optimizer_bytes=2 if config.train.lean else 4,
         other_optimizer_bytes=4 if config.train.lean else 8,
         gradient_checkpointing=config.train.gradient_checkpointing is True,
+        narrow_residual=config.train.narrow_residual,
         optimizer_scratch_bytes=scratch(kind, matrices) if matrices else 0,
         gradients_held=config.batch_sequences > micro_batch * (processes.count if processes else 1),
         narrow_gradients=not mlx and processes is None and dtype_bytes == 2 and _has_narrow_gradients(config, kind),

@@ -75,6 +75,7 @@ _FLAG = {
         "early_stopping_patience",
         "early_stopping_min_delta",
         "precision",
+        "narrow_residual",
         "lean",
         "compile",
         "neftune_alpha",

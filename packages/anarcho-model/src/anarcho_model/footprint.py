@@ -144,6 +144,7 @@ def training_memory(
     compute_dtype_bytes: int = 2,
     weight_dtype_bytes: int = FLOAT,
     gradient_checkpointing: bool = False,
+    narrow_residual: bool = False,
     matrix_optimizer_bytes: int = 4,
     other_optimizer_bytes: int = 8,
     optimizer_scratch_bytes: int = 0,
@@ -168,6 +169,7 @@ def training_memory(
         compute_dtype_bytes: 2 for bfloat16 or float16 autocast, 4 for none.
         weight_dtype_bytes: 4, or 2 for weights of the compute dtype.
         gradient_checkpointing: as the model's attribute.
+        narrow_residual: as the model's attribute.
         matrix_optimizer_bytes: optimizer state per parameter of the blocks' matrices (Muon: 4, AdamW: 8).
         other_optimizer_bytes: optimizer state per parameter of embeddings, output layer and norms (AdamW: 8).
         optimizer_scratch_bytes: what the optimizer's update needs besides.
@@ -225,7 +227,8 @@ def training_memory(
     shape = {"vocab_size": config.vocab_size, "chunk_bytes": logits_chunk_bytes}
     if framework == "torch" and keeps_logits(tokens, dtype_bytes=compute, **shape):
         logits = compute * tokens * config.vocab_size
-    kept = tokens * FLOAT * config.dim if gradient_checkpointing else block
+    # Norms keep what they read in float32, whatever the type of the residual stream.
+    kept = tokens * (compute if narrow_residual else FLOAT) * config.dim if gradient_checkpointing else block
     fused_norm = device == "cuda" and framework == "torch"
     output = _output_activations(config, tokens=tokens, compute=compute, frozen=lora is not None, fused_norm=fused_norm)
     output += logits

@@ -118,6 +118,8 @@ class GPT(nn.Module):
     """Keep only each block's input for backward and compute the rest again: less memory for about a third more time."""
     logits_chunk_bytes: int = 256 * 2**20
     """Bound of the float32 logits that `token_logprobs` holds at a time."""
+    narrow_residual: bool = False
+    """Keep the residual stream in the compute dtype instead of float32: a block moves fewer bytes, and each sum is rounded."""
     compute_dtype: mx.Dtype = mx.float32
     """Element type of matrix products and of what lies between them; weights are cast to it inside the graph."""
     adapter: Adapter | None = None
@@ -211,7 +213,8 @@ class GPT(nn.Module):
         context = self._attention_context(tokens.shape[1], positions, segments, cache)
         if self.adapter is not None:
             self.adapter.begin(dropout_keys, length=tokens.shape[1])
-        x = widen(self.model.embed_tokens(tokens))
+        x = self.model.embed_tokens(tokens)
+        x = x.astype(self.compute_dtype) if self.narrow_residual else widen(x)
         if embedding_noise is not None:
             x = x + embedding_noise
         for index, block in enumerate(self.model.layers):

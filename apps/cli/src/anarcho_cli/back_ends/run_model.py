@@ -39,6 +39,7 @@ class RunModel:
         if self.config.lora.rank:
             self.lora.add_adapter(model, self.config.lora, seed=self.config.train.seed)
         model.gradient_checkpointing = self.config.train.gradient_checkpointing is True
+        model.narrow_residual = self.config.train.narrow_residual
 
     def set_first_weights(self, model: Any) -> None:
         """The weights of the directory ``base`` where that is there, else random ones; an adapter stays as it is."""
