@@ -12,7 +12,7 @@ import pytest
 from anarcho_cli.main import app
 from typer.testing import CliRunner
 
-# `colours.py`, `reported.py` and `served.py` are shared by several tests.
+# `bases.py`, `colours.py`, `reported.py` and `served.py` are shared by several tests.
 sys.path.insert(0, str(Path(__file__).parent))
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

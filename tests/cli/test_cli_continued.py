@@ -14,18 +14,10 @@ TEXT = "The sea was calm and the whale swam on. " * 400
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model directory with a tokenizer, untrained."""
     pytest.importorskip("torch")
-    from anarcho_model import ModelConfig
-    from anarcho_model.torch import GPT
-    from anarcho_model.weights import save_pretrained
-    from anarcho_tokenize import TokenizerConfig, train_tokenizer
+    from bases import save_base
 
-    tokenizer = train_tokenizer([TEXT], config=TokenizerConfig(vocab_size=300))
-    model = GPT(ModelConfig(vocab_size=300, context_length=32, num_layers=1, dim=32, num_heads=2, hidden_dim=48))
-    model.init_weights(seed=3)
-    directory = tmp_path_factory.mktemp("base")
-    save_pretrained(model, directory, eos_token_id=tokenizer.eot_id, pad_token_id=tokenizer.pad_id)
-    tokenizer.save(directory)
-    return directory
+    shape = {"vocab_size": 300, "context_length": 32, "num_layers": 1, "dim": 32, "num_heads": 2, "hidden_dim": 48}
+    return save_base(tmp_path_factory.mktemp("base"), [TEXT], seed=3, **shape)
 
 
 @pytest.fixture

@@ -11,20 +11,12 @@ import pytest
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model directory with a tokenizer, untrained."""
-    torch = pytest.importorskip("torch")
-    from anarcho_model import ModelConfig
-    from anarcho_model.torch import GPT
-    from anarcho_model.weights import save_pretrained
-    from anarcho_tokenize import TokenizerConfig, embedded_documents, train_tokenizer
+    pytest.importorskip("torch")
+    from anarcho_tokenize import embedded_documents
+    from bases import save_base
 
-    assert torch is not None
-    tokenizer = train_tokenizer([next(embedded_documents())], config=TokenizerConfig(vocab_size=400))
-    model = GPT(ModelConfig(vocab_size=400, context_length=64, num_layers=1, dim=32, num_heads=2, hidden_dim=48))
-    model.init_weights(seed=0)
-    directory = tmp_path_factory.mktemp("base")
-    save_pretrained(model, directory, eos_token_id=tokenizer.eot_id, pad_token_id=tokenizer.pad_id)
-    tokenizer.save(directory)
-    return directory
+    shape = {"vocab_size": 400, "context_length": 64, "num_layers": 1, "dim": 32, "num_heads": 2, "hidden_dim": 48}
+    return save_base(tmp_path_factory.mktemp("base"), [next(embedded_documents())], **shape)
 
 
 def test_the_model_is_the_base_models_and_the_data_conversations(base: Path, anarcho) -> None:

@@ -21,13 +21,18 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from anarcho_model.layers.torch_rotary import rotate_halves
 
+FunctionalTensorMode: Any
+try:
+    from torch._subclasses.functional_tensor import FunctionalTensorMode
+except ImportError:  # It is not public: where a later PyTorch has none, the compiler's own backward passes serve.
+    FunctionalTensorMode = None
+
 __all__ = ["heads_of", "suits", "swiglu"]
 
-AVAILABLE = importlib.util.find_spec("triton") is not None
+AVAILABLE = FunctionalTensorMode is not None and importlib.util.find_spec("triton") is not None
 """Whether the kernels can be compiled."""
 DEVICE_TYPE = "cuda"
 """Where they run."""
@@ -51,11 +56,12 @@ def _operator(signature: str, function: Callable[..., Any]) -> Any:
     operator = torch.library.custom_op(f"anarcho_model::{name}", function, mutates_args=(), schema=f"({schema}")
     operator.register_fake(function)
 
-    def traced(mode: FunctionalTensorMode, _operator: object, _types: object, args: Any, kwargs: Any) -> Any:
+    def traced(mode: Any, _operator: object, _types: object, args: Any, kwargs: Any) -> Any:
         with mode:
             return function(*args, **kwargs)
 
-    operator.register_torch_dispatch(FunctionalTensorMode, traced)
+    if FunctionalTensorMode is not None:
+        operator.register_torch_dispatch(FunctionalTensorMode, traced)
     return operator
 
 
