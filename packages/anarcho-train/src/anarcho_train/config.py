@@ -58,7 +58,7 @@ class TrainConfig:
     narrow_residual: bool = False
     """Whether what passes from block to block, the residual stream, has the type of the matrix products, too; by default it is float32.
 
-    Norms and sums are bound by memory: on an H100 it saves a twentieth of the time, and with gradient checkpointing half of what is kept."""
+    Norms and sums are bound by memory: an H100 saves a twentieth of the time, and with gradient checkpointing half of what is kept."""
     lean: bool = False
     """Whether weights and optimizer state are bfloat16, too, rounded stochastically: half of their memory, for a somewhat higher loss.
 
