@@ -90,11 +90,11 @@ def _start(item: MuonInput, before: list[mx.array]) -> tuple[mx.array, list[mx.a
 
 
 def _orthogonalize_batch(stacks: Sequence[mx.array], key: Iteration) -> list[mx.array]:
-    """The float32 orthogonal factors of stacks of one shape, as one batch."""
+    """The orthogonal factors of stacks of one shape, as one batch, of the iteration's type: who reads them widens them on the way."""
     batch = mx.concatenate(list(stacks)) if len(stacks) > 1 else stacks[0]
-    factors = orthogonalize(batch, variant=key.variant, dtype=resolve_ns_dtype(key.ns_dtype)).astype(mx.float32)
+    factors = orthogonalize(batch, variant=key.variant, dtype=resolve_ns_dtype(key.ns_dtype))
     if key.frobenius:
-        factors = normalize_frobenius(factors)
+        factors = normalize_frobenius(factors.astype(mx.float32))
     return _split(factors, [len(stack) for stack in stacks], 0)
 
 
@@ -163,7 +163,7 @@ def _update(orthogonal: list[mx.array], item: MuonInput) -> tuple[mx.array, floa
         sizes = (1,) * len(blocks.sizes) if axis % 3 == dim else blocks.sizes
         means = _split(mean_sq.reshape(blocks.count, *mean_sq.shape[-2:]), sizes, dim)
         pairs = [
-            normalize_neurons(o, v, beta2=options["normuon_beta2"], axis=axis)
+            normalize_neurons(o.astype(mx.float32), v, beta2=options["normuon_beta2"], axis=axis)
             for o, v in zip(orthogonal, means, strict=True)
         ]
         orthogonal = [o for o, _ in pairs]
@@ -172,14 +172,14 @@ def _update(orthogonal: list[mx.array], item: MuonInput) -> tuple[mx.array, floa
     scales = [shape_scale(options["adjust_lr_fn"], *shape) for shape in blocks.shapes]
     common = scales[0] if len(set(scales)) == 1 else None
     if common is None:
-        orthogonal = [o * scale for o, scale in zip(orthogonal, scales, strict=True) if o.size]
+        orthogonal = [o.astype(mx.float32) * scale for o, scale in zip(orthogonal, scales, strict=True) if o.size]
     update = orthogonal[0] if len(orthogonal) == 1 else mx.concatenate(orthogonal, axis=dim)
     return update.reshape(item.weight.shape), 1.0 if common is None else common, state
 
 
 def _apply_update(item: MuonInput, update: mx.array, scale: float) -> mx.array:
     """W <- W - lr wd W - lr S O, rounded once; cautious decay leaves entries alone that the update moves away from zero."""
-    w = item.weight.astype(mx.float32)
+    w, update = item.weight.astype(mx.float32), update.astype(mx.float32)
     decayed = w - item.lr * item.weight_decay * w
     if item.options["cautious_weight_decay"]:
         decayed = mx.where(update * w >= 0, decayed, w)
