@@ -7,6 +7,8 @@
 * `anarcho pretrain` is the time from the start of the process to the end of its first optimizer step, as `metrics.jsonl` says it, on the
   CPU without compilation: the quickstart's model on the embedded corpus, training of the tokenizer and preparation of the data included.
 
+`anarcho bench --only start-up` measures the same of a configuration whose tokenizer and data are prepared.
+
 Every number is a median over rounds, in which all things follow each other, after one round that fills the caches of the file system and of
 Python. `cpu_ms` is the time that a process had a core, children included: on a busy machine it says more than the clock.
 """
@@ -16,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,37 +27,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PACKAGES = {
-    "anarcho_tokenize": "",
-    "anarcho_model": "",
-    "anarcho_model.torch": "torch",
-    "anarcho_optim": "",
-    "anarcho_optim.torch": "torch",
-    "anarcho_train": "numpy",
-    "anarcho_train.steps.torch": "torch",
-    "anarcho_monitor": "",
-    "anarcho_cli": "",
-}
-"""What is imported, and the framework before it."""
+from anarcho_cli.benching.starting import Measured, children_seconds, first_step, import_package, packages_of
+
 LIMITS = {"import": 0.05, "anarcho --help": 0.3, "anarcho pretrain": 8.0}
 """Seconds that each is to stay under."""
-IMPORT = """
-import sys, time
-if len(sys.argv) > 2: __import__(sys.argv[2])
-clock, used = time.perf_counter(), time.process_time()
-__import__(sys.argv[1])
-print(time.perf_counter() - clock, time.process_time() - used)
-"""
-
-Measured = tuple[float, float]
-"""Seconds by the clock, and of a core."""
-
-
-def import_package(package: str, framework: str) -> Measured:
-    """One import in a new interpreter."""
-    command = [sys.executable, "-c", IMPORT, package, *([framework] if framework else [])]
-    wall, cpu = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-2:]
-    return float(wall), float(cpu)
 
 
 def show_help() -> Measured:
@@ -66,43 +40,9 @@ def show_help() -> Measured:
 
 def reach_first_step(preset: str) -> Measured:
     """A run until its first line of metrics, which then is ended; what it prepares before is part of the time."""
-    settings = [
-        "train.steps=2",
-        "train.log_every=1",
-        "train.eval_every=0",
-        "train.checkpoint_every=0",
-        "train.compile=off",
-    ]
+    place = ["--preset", preset, "--device", "cpu", "--set", "train.steps=2", "--set", "train.compile=off"]
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            *_anarcho(),
-            "pretrain",
-            "--preset",
-            preset,
-            "--device",
-            "cpu",
-            "--runs-dir",
-            folder,
-            "--name",
-            "run",
-        ]
-        command += [part for setting in settings for part in ("--set", setting)]
-        metrics, log = Path(folder) / "run" / "metrics.jsonl", Path(folder) / "log"
-        started, used = time.perf_counter(), _children()
-        with log.open("w") as file:
-            process = subprocess.Popen(command, stdout=file, stderr=file)
-        while not _has_step(metrics):
-            if process.poll() is not None:
-                raise SystemExit(f"{' '.join(command)} made no step:\n{log.read_text()}")
-            time.sleep(0.005)
-        reached = time.perf_counter() - started
-        process.kill()
-        process.wait()
-        return reached, _children() - used
-
-
-def _has_step(metrics: Path) -> bool:
-    return metrics.is_file() and any('"kind":"train"' in line for line in metrics.read_text().splitlines())
+        return first_step([*_anarcho(), "pretrain", *place], runs_dir=Path(folder), name="run")
 
 
 def _anarcho() -> list[str]:
@@ -110,14 +50,9 @@ def _anarcho() -> list[str]:
 
 
 def _timed(work: Callable[[], object]) -> Measured:
-    started, used = time.perf_counter(), _children()
+    started, used = time.perf_counter(), children_seconds()
     work()
-    return time.perf_counter() - started, _children() - used
-
-
-def _children() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    return time.perf_counter() - started, children_seconds() - used
 
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
@@ -129,7 +64,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
             LIMITS["import"],
             options.rounds,
         )
-        for package, framework in PACKAGES.items()
+        for package, framework in packages_of("torch").items()
     }
     things["anarcho --help"] = (show_help, LIMITS["anarcho --help"], options.rounds)
     things["anarcho pretrain, to the first step"] = (

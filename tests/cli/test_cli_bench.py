@@ -164,7 +164,8 @@ def test_the_ceiling_is_the_best_rate_and_no_size_follows_a_slow_one() -> None:
 
 
 def test_unknown_kinds_are_refused_by_name(refused) -> None:
-    assert "--only is 'speed'; expected training, generation or tokenizer" in refused("bench", "--only", "speed")
+    expected = "--only is 'speed'; expected training, optimizer, generation, tokenizer, data or start-up"
+    assert expected in refused("bench", "--only", "speed")
 
 
 def test_the_configuration_of_the_options_is_checked_as_a_run_would(refused) -> None:

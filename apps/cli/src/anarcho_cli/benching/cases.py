@@ -16,8 +16,16 @@ class Kind(StrEnum):
     """What ``--only`` accepts."""
 
     training = "training"
+    optimizer = "optimizer"
     generation = "generation"
     tokenizer = "tokenizer"
+    data = "data"
+    start_up = "start-up"
+
+    @property
+    def needs_framework(self) -> bool:
+        """Whether it is measured with each framework and device, rather than once."""
+        return self not in (Kind.tokenizer, Kind.data)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +49,9 @@ class Case:
     config: RunConfig
     """The shape of the model and of a training step."""
     steps: int
-    """How many timed steps, texts or passes; the result is their median."""
+    """How many timed steps, updates, texts, passes or starts; the result is their median."""
     backend: str = ""
-    """Framework that computes; empty for the tokenizer, which needs none."""
+    """Framework that computes; empty where none is needed."""
     device: str = "cpu"
     """Device that it computes on."""
 

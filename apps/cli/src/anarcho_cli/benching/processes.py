@@ -1,18 +1,22 @@
 """Cases measured one after another, each in a process of its own: its peak of memory is its own, and its crash ends no other.
 
-A case whose forecast exceeds the memory that is there is left out rather than driven into swapping.
+A case whose forecast exceeds the memory that is there is left out rather than driven into swapping. Where a case is given up, the
+processes that it has started end with it.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from anarcho_cli.benching.cases import Case, Kind
+from anarcho_cli.benching.updating import PEER_BYTES
 from anarcho_cli.output import bytes_text
 from anarcho_cli.plan import plan_run
 
@@ -44,10 +48,10 @@ def describe(case: Case) -> dict[str, Any]:
     named = {"kind": case.kind.value, "preset": case.preset}
     if case.kind is Kind.tokenizer:
         return named
+    place = {"backend": case.backend, "device": case.device} if case.kind.needs_framework else {}
     return {
         **named,
-        "backend": case.backend,
-        "device": case.device,
+        **place,
         "parameters": case.config.model.num_parameters,
         "micro_batch": case.config.train.micro_batch,
         "context": case.config.sequence_length,
@@ -58,23 +62,33 @@ def describe(case: Case) -> dict[str, Any]:
 
 
 def forecast_bytes(case: Case) -> int | None:
-    """The peak of memory that `--dry-run` forecasts for the training; None for what it does not cover."""
-    if case.kind is not Kind.training:
+    """The peak of memory that `--dry-run` forecasts for the training, or what optimizers take; None for what is not forecast."""
+    if case.kind not in (Kind.training, Kind.optimizer):
         return None
-    return plan_run(case.config, device=case.device, backend=case.backend).total_bytes
+    plan = plan_run(case.config, device=case.device, backend=case.backend)
+    if case.kind is Kind.training:
+        return plan.total_bytes
+    memory, peers = plan.memory, 2 * PEER_BYTES * case.config.trained_parameters
+    return memory.weights + memory.gradients + memory.optimizer + memory.optimizer_scratch + peers + plan.library_bytes
 
 
 def _run(case: Case, *, timeout_seconds: float, command: Sequence[str]) -> dict[str, Any]:
-    try:
-        done = subprocess.run(
-            command, input=case.to_json(), capture_output=True, text=True, errors="replace", timeout=timeout_seconds
-        )
-    except subprocess.TimeoutExpired:
-        return {"error": f"it did not end within {timeout_seconds:g} s; give a longer --timeout or a smaller shape"}
-    lines = done.stdout.strip().splitlines()
-    if done.returncode == 0 and lines:
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, **pipes, text=True, errors="replace", start_new_session=True) as process:
+        try:
+            output, errors = process.communicate(case.to_json(), timeout=timeout_seconds)
+        except BaseException as error:
+            with suppress(OSError):  # It may have ended by itself just now.
+                os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                return {
+                    "error": f"it did not end within {timeout_seconds:g} s; give a longer --timeout or a smaller shape"
+                }
+            raise
+    lines = output.strip().splitlines()
+    if process.returncode == 0 and lines:
         return json.loads(lines[-1])
-    return {"error": f"the process ended {_ending(done.returncode)}{_last_words(done.stderr)}"}
+    return {"error": f"the process ended {_ending(process.returncode)}{_last_words(errors)}"}
 
 
 def _ending(code: int) -> str:

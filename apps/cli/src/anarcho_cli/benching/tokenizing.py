@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -43,13 +43,16 @@ def embedded_part(size: int) -> list[str]:
     """The first documents of the embedded corpus, of about so many bytes together."""
     from anarcho_tokenize import embedded_documents
 
-    texts: list[str] = []
-    for text in embedded_documents():
-        if size <= 0:
-            break
-        texts.append(text)
+    return list(beginning(embedded_documents(), size))
+
+
+def beginning(texts: Iterable[str], size: int) -> Iterator[str]:
+    """The first texts, of about so many bytes together."""
+    for text in texts:
+        yield text
         size -= len(text.encode())
-    return texts
+        if size <= 0:
+            return
 
 
 def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[int, float]:

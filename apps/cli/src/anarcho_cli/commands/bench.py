@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,7 +15,10 @@ if TYPE_CHECKING:
     from anarcho_cli.benching.cases import Case, Target
     from anarcho_cli.config import RunConfig
 
-KINDS = ("training", "generation", "tokenizer")
+DEFAULT_KINDS = ("training", "optimizer", "generation", "tokenizer", "data")
+"""What is measured without --only; start-up would take as long as the rest."""
+KINDS = (*DEFAULT_KINDS, "start-up")
+MAC_KINDS = ("training", "generation")
 
 
 def bench(
@@ -42,7 +46,10 @@ def bench(
     only: Annotated[
         list[str] | None,
         typer.Option(
-            "--only", metavar="KIND", help=f"Measure {', '.join(KINDS[:-1])} or {KINDS[-1]} alone; may be repeated."
+            "--only",
+            metavar="KIND",
+            help=f"Measure {', '.join(KINDS[:-1])} or {KINDS[-1]} alone; may be repeated.",
+            show_default=f"all but {KINDS[-1]}",
         ),
     ] = None,
     timeout: Annotated[
@@ -58,9 +65,10 @@ def bench(
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print an object with machine and results.")] = False,
 ) -> None:
-    """Measure training, generation and tokenizer on this machine, each in a process of its own, beside the forecasts.
+    """Measure training and its parts on this machine, each in a process of its own, beside the forecasts.
 
-    Without options it measures the quickstart model with every framework and device that is here.
+    Without options it measures the quickstart model with every framework and device that is here: training, the optimizer's update,
+    generation, the tokenizer, and the way of the data.
     """
     from anarcho_cli.benching.memory_table import PRESETS
     from anarcho_cli.benching.memory_table import memory_table as table
@@ -71,6 +79,7 @@ def bench(
     from anarcho_cli.benching.machine import machine_facts
     from anarcho_cli.benching.report import mac_report as markdown_report
     from anarcho_cli.benching.report import print_report
+    from anarcho_cli.benching.shares import with_shares
     from anarcho_cli.output import note, print_json
 
     machine = machine_facts()
@@ -82,8 +91,10 @@ def bench(
         name: _configuration(name, file=file, overrides=overrides or [], micro_batch=micro_batch, context=context)
         for name in names
     }
+    if only:
+        _require_measurable(configs, only)
     targets = _targets(backend, device, apple_gpu_alone=mac_report and machine["mac"])
-    rows = _measure(_cases(configs, targets, kinds, steps=steps), timeout=timeout)
+    rows = with_shares(list(_measure(_cases(configs, targets, kinds, steps=steps), timeout=timeout)))
     if json:
         print_json({"machine": machine, "steps": steps, "results": rows})
     elif mac_report:
@@ -100,7 +111,19 @@ def _kinds(only: list[str] | None, *, mac_report: bool) -> list[str]:
     for kind in only or ():
         if kind not in KINDS:
             raise ConfigError(f"--only is '{kind}'; expected {', '.join(KINDS[:-1])} or {KINDS[-1]}")
-    return only or list(KINDS[:2] if mac_report else KINDS)
+    return only or list(MAC_KINDS if mac_report else DEFAULT_KINDS)
+
+
+def _require_measurable(configs: dict[str, RunConfig], only: Sequence[str]) -> None:
+    """Refuses text that the kinds which are asked for cannot read, before anything is measured."""
+    from anarcho_cli.benching.feeding import require_texts
+    from anarcho_cli.benching.starting import require_pretraining
+
+    for config in configs.values():
+        if "start-up" in only:
+            require_pretraining(config)
+        if "start-up" in only or "data" in only:
+            require_texts(config)
 
 
 def _configuration(
@@ -135,18 +158,12 @@ def _cases(configs: dict[str, RunConfig], targets: Sequence[Target], kinds: Sequ
     """The measurements in the order of their table: by preset, then by framework."""
     from anarcho_cli.benching.cases import Case, Kind
 
-    cases = [
-        Case(kind=Kind(kind), preset=name, config=config, steps=steps, backend=target.backend, device=target.device)
+    return [
+        Case(kind=Kind(kind), preset=name, config=config, steps=steps, **place)
         for kind in kinds
-        if kind != "tokenizer"
         for name, config in configs.items()
-        for target in targets
+        for place in (map(dataclasses.asdict, targets) if Kind(kind).needs_framework else [{}])
     ]
-    if "tokenizer" in kinds:
-        cases += [
-            Case(kind=Kind.tokenizer, preset=name, config=config, steps=steps) for name, config in configs.items()
-        ]
-    return cases
 
 
 def _measure(cases: Sequence[Case], *, timeout: float) -> list[dict[str, object]]:
