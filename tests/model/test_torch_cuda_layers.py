@@ -153,7 +153,6 @@ def assert_alike(found: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor
 @pytest.mark.parametrize(
     ("options", "how", "checkpointing", "segments"),
     [
-        ({}, "whole", False, False),
         ({"num_kv_heads": 2, "head_dim": 12}, "whole", True, True),
         ({}, "parts", True, False),
         ({"qk_norm": True}, "parts", False, True),
