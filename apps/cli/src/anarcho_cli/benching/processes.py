@@ -101,5 +101,10 @@ def _ending(code: int) -> str:
 
 
 def _last_words(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return f": {lines[-1][:200]}" if lines else ""
+    line = last_line(text)
+    return f": {line[:200]}" if line else ""
+
+
+def last_line(text: str) -> str:
+    """The last line of what a process has said that is not empty, or nothing."""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")

@@ -21,6 +21,7 @@ from typing import Any
 from anarcho_cli.back_ends import back_end
 from anarcho_cli.benching.cases import Case
 from anarcho_cli.benching.feeding import learn_tokenizer, prepare_sample, sample_config
+from anarcho_cli.benching.processes import last_line
 from anarcho_cli.benching.subject import device_name
 from anarcho_cli.config import RunConfig, dumps
 from anarcho_cli.layers import ConfigError
@@ -112,7 +113,8 @@ def first_step(command: Sequence[str], *, runs_dir: Path, name: str) -> Measured
     try:
         while not _has_step(metrics):
             if process.poll() is not None and not _has_step(metrics):
-                raise ValueError(f"the run made no step: {_last_line(log)}")
+                said = last_line(log.read_text(errors="replace")) or "it said nothing"
+                raise ValueError(f"the run made no step: {said}")
             time.sleep(POLL_SECONDS)
         reached = time.perf_counter() - started
     finally:
@@ -141,8 +143,3 @@ def _warm_run(case: Case, folder: Path) -> list[str]:
 
 def _has_step(metrics: Path) -> bool:
     return metrics.is_file() and any('"kind":"train"' in line for line in metrics.read_text().splitlines())
-
-
-def _last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")

@@ -35,20 +35,18 @@ def measure_optimizer(case: Case) -> dict[str, Any]:
     """Seconds of an update of a case's optimizer and of its framework's own ones."""
     framework = back_end(case.backend)
     step: Any = new_step(framework, case.config, device=case.device)
+    muon, adamw = _by_algorithm(step.optimizer.param_groups)
     updates = (_mlx_updates if case.backend == "mlx" else _torch_updates)(step, case.config.optim)
     times = time_in_turns(updates, rounds=case.steps)
     own = times.pop(OWN)
     return {
         "device_name": device_name(framework, case.device),
         "optimizer": type(step.optimizer).__name__,
-        **_counts(step.optimizer.param_groups),
+        "muon_tensors": len(muon),
+        "adamw_tensors": len(adamw),
         "update_seconds": own,
         "peers": {name: {"update_seconds": value, "ratio": own / value} for name, value in times.items()},
     }
-
-
-def _counts(groups: Sequence[Any]) -> dict[str, int]:
-    return dict(zip(("muon_tensors", "adamw_tensors"), map(len, _by_algorithm(groups)), strict=True))
 
 
 def time_in_turns(updates: Mapping[str, Update], *, rounds: int) -> dict[str, float]:

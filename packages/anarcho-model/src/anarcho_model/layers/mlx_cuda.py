@@ -26,6 +26,7 @@ NORM_BLOCKS = 512
 NORM_SHARED_BYTES = 32 * 2**10
 """Bound of the sums that a block puts together."""
 MAX_NORM_SIZE = 2048
+"""A thread has so much of a row, and of the sums, in its registers."""
 
 EIGHT = """
 union Eight {
