@@ -14,7 +14,8 @@ bfloat16, weights and optimizer state in float32:
   the blocks' matrices with fused AdamW for the rest, `adamw` is fused AdamW.
 
 Each side has a process of its own. Time is the median over the steps of all rounds, after those that compile, each ended by a
-synchronisation; memory is the allocator's peak over these steps. The utilisation is that of the model's own operations, 6 for each weight
+synchronisation; memory is the allocator's peak over these steps and the one before, and what it holds at the end with all that is free
+within it. The utilisation is that of the model's own operations, 6 for each weight
 of a matrix and token plus causal attention's, against the rate of bfloat16 products of 8192 x 8192 in the same run; what is computed again
 is not counted. The default shape is the reference model of 137.8 million parameters. Growth with the context at constant tokens a step, and
 with depth and width:
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
     from anarcho_train.steps.torch_shards import Shards
 
 WARM_STEPS = 4
-"""The first compiles, the second meets the gradients' first addresses, the others fill the allocator."""
+"""The first compiles, the second meets the gradients' first addresses, the third fills the allocator, the last records CUDA graphs."""
 CEILING_SIZE = 8192
 HEAD_SIZE = 64
 CUDA_WORKSPACE_BYTES = 64 * 2**20
@@ -122,6 +123,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--narrow-residual", action="store_true", help="ours keeps the residual stream in bfloat16")
     parser.add_argument("--compile", choices=("on", "off"), default="on", help="of both sides")
+    parser.add_argument("--cuda-graphs", choices=("auto", "on", "off"), default="auto", help="of our side")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--steps", type=int, default=10, help="timed steps of a round")
     parser.add_argument("--rounds", type=int, default=1, help="how often the sides follow each other")
@@ -185,13 +187,16 @@ def _measure_side(side: str, job: Job, config: ModelConfig, options: argparse.Na
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (job.batch, job.context + 1), dtype=np.int32)
     step = (our_step if side == "ours" else their_step)(job, config, ids, options)
     start = time.perf_counter()
-    timed(step, options.device, WARM_STEPS)
-    warm = time.perf_counter() - start
+    timed(step, options.device, WARM_STEPS - 1)
     if options.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    timed(step, options.device, 1)
+    warm = time.perf_counter() - start
     seconds = timed(step, options.device, options.steps)
-    peak = torch.cuda.max_memory_allocated() if options.device == "cuda" else 0
-    return {"seconds": seconds, "warm s": round(warm, 1), "GB": round(peak / 1e9, 3)}
+    peak, held = (
+        (torch.cuda.max_memory_allocated(), torch.cuda.memory_reserved()) if options.device == "cuda" else (0, 0)
+    )
+    return {"seconds": seconds, "warm s": round(warm, 1), "GB": round(peak / 1e9, 3), "held GB": round(held / 1e9, 3)}
 
 
 def timed(
@@ -247,6 +252,7 @@ def our_step(
             compile=options.compile,
             grad_clip=0.0 if job.at_once else 1.0,
             update_in_backward=job.at_once,
+            cuda_graphs={"on": True, "off": False}.get(options.cuda_graphs, "auto"),
         ),
         save_model=lambda model, directory: None,
         load_model=lambda model, directory: None,

@@ -119,6 +119,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=int, default=4, help="sequences at once in a process of fsdp")
     parser.add_argument("--micro-batches", type=int, default=4, help="of each process in a step of fsdp")
     parser.add_argument("--checkpointing", action="store_true", help="the blocks of fsdp keep their inputs alone")
+    parser.set_defaults(cuda_graphs="off")  # Several processes have none.
     parser.add_argument("--narrow-residual", action="store_true", help="ours keeps the residual stream in bfloat16")
     parser.add_argument("--compile", choices=("on", "off"), default="on", help="of both sides")
     parser.add_argument(

@@ -30,7 +30,7 @@ def make_step(**settings: Any) -> TorchStep:
     model.gradient_checkpointing = settings.pop("checkpointing", False)
     model.to("cuda", torch.bfloat16 if settings.get("lean") else torch.float32)
     narrow = {"state_dtype": torch.bfloat16, "stochastic_rounding": True} if settings.get("lean") else {}
-    options = {"precision": "bfloat16", "compile": "on", "batch_tokens": 8 * LENGTH, **settings}
+    options = {"precision": "bfloat16", "compile": "on", "batch_tokens": 8 * LENGTH, "cuda_graphs": False, **settings}
     return TorchStep(
         model,
         MuonAdamW(param_groups(model, config=OPTIM), **narrow),
@@ -67,8 +67,21 @@ def train(step: TorchStep, numbers: range, *, micro_batches: int) -> list[float]
         ({"compile": "off"}, 1),
         ({"lean": True}, 1),
         ({"update_in_backward": True, "grad_clip": 0.0}, 1),
+        ({"cuda_graphs": True}, 1),
+        ({"cuda_graphs": True, "checkpointing": True}, 2),
+        ({"cuda_graphs": True, "compile": "off", "lean": True}, 2),
     ],
-    ids=["one micro-batch", "two", "checkpointing", "uncompiled", "lean", "in backward"],
+    ids=[
+        "one micro-batch",
+        "two",
+        "checkpointing",
+        "uncompiled",
+        "lean",
+        "in backward",
+        "recorded",
+        "recorded two, checkpointing",
+        "recorded two, uncompiled, lean",
+    ],
 )
 def test_500_steps_wait_for_nothing_but_their_numbers_and_compile_nothing(settings, micro_batches):
     torch._dynamo.reset()
@@ -90,3 +103,47 @@ def test_500_steps_wait_for_nothing_but_their_numbers_and_compile_nothing(settin
     assert called["cudaDeviceSynchronize"] <= 3
     assert called["cudaEventSynchronize"] <= PROFILED
     assert counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("settings", [{}, {"checkpointing": True}, {"compile": "off"}], ids=["whole", "parts", "eager"])
+def test_recorded_passes_compute_what_others_do(settings, micro_batches):
+    torch._dynamo.reset()
+    plain, recorded = (make_step(**settings, cuda_graphs=choice) for choice in (False, True))
+    for numbers in (range(3), range(3, 30)):
+        wanted, found = (train(step, numbers, micro_batches=micro_batches) for step in (plain, recorded))
+        assert found == pytest.approx(wanted, rel=1e-4)
+    assert len(recorded._recordings) == micro_batches
+    for a, b in zip(plain.model.parameters(), recorded.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
+
+
+def test_evaluations_beside_recorded_steps_see_the_weights_of_the_moment():
+    torch._dynamo.reset()
+    plain, recorded = (make_step(cuda_graphs=choice) for choice in (False, True))
+    tokens = np.random.default_rng(1).integers(0, 512, (8, LENGTH + 1)).astype(np.int32)
+    held_out = Batch(tokens=tokens[:, :-1], targets=tokens[:, 1:], weights=np.ones((8, LENGTH), np.float32))
+    for number in range(12):
+        for step in (plain, recorded):
+            train(step, range(number, number + 1), micro_batches=1)
+        assert recorded.evaluate(held_out).loss == pytest.approx(plain.evaluate(held_out).loss, rel=1e-4)
+    assert len(recorded._recordings) == 2
+
+
+def test_auto_records_small_batches_and_trains_on_after_memory_ran_out():
+    torch._dynamo.reset()
+    step = make_step(cuda_graphs="auto", checkpointing=True)
+    train(step, range(8), micro_batches=1)
+    assert len(step._recordings) == 1
+    forward, calls = step._parts._logprobs, []
+
+    def runs_out(*tensors: Any, **named: Any) -> Any:
+        calls.append(len(step._recordings))
+        if len(step._recordings):
+            torch.empty(2**50, device="cuda")
+        return forward(*tensors, **named)
+
+    step._parts._logprobs = runs_out
+    assert np.isfinite(train(step, range(8, 12), micro_batches=2)).all()
+    assert calls[:2] == [1, 0]
+    assert len(step._recordings) == 0

@@ -51,6 +51,7 @@ _SAFE = {
         "save_in_background",
         "log_every",
         "micro_batch",
+        "cuda_graphs",
         "gradient_checkpointing",
         "update_in_backward",
         "strategy",

@@ -67,6 +67,10 @@ class TrainConfig:
     """Whether the model runs through torch.compile; `auto` compiles where it pays for itself over the run.
 
     On a CPU with several threads a compiled run is not repeatable to the last bit; an uncompiled one is."""
+    cuda_graphs: bool | Literal["auto"] = "auto"
+    """Whether the passes over a micro-batch become CUDA graphs, which start their kernels as one, in one process of PyTorch.
+
+    `auto` records them where the host takes longer to start the kernels than the GPU to run them: with small models or micro-batches."""
     gradient_checkpointing: bool | Literal["auto"] = False
     """Whether each block's activations are computed again in the backward pass instead of being kept.
 
@@ -98,6 +102,8 @@ class TrainConfig:
             raise ValueError(
                 f"train.gradient_checkpointing is {self.gradient_checkpointing!r}; expected true, false or 'auto'"
             )
+        if self.cuda_graphs not in (True, False, "auto"):
+            raise ValueError(f"train.cuda_graphs is {self.cuda_graphs!r}; expected true, false or 'auto'")
         if self.save_in_background not in (True, False, "auto"):
             raise ValueError(f"train.save_in_background is {self.save_in_background!r}; expected true, false or 'auto'")
         for name in ("steps", "batch_tokens", "micro_batch", "keep_last", "log_every"):

@@ -11,7 +11,7 @@ What is on disk, `torch_files` writes and reads.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +25,12 @@ from torch.profiler import record_function
 from anarcho_train.config import TrainConfig
 from anarcho_train.interfaces import Draws
 from anarcho_train.losses.torch import NextTokenLoss, answer_logprobs
-from anarcho_train.out_of_memory import guarded, is_out_of_memory, reason
+from anarcho_train.out_of_memory import OutOfMemory, guarded, is_out_of_memory, reason
 from anarcho_train.step import Batch, LossSum, StepMetrics, StepSchedule
 from anarcho_train.steps.torch_anomalies import CheckedLoss, first_anomaly
 from anarcho_train.steps.torch_files import StateFiles
 from anarcho_train.steps.torch_gradients import GradientTypes, clipped, total_norm
+from anarcho_train.steps.torch_graphs import Arrays, Recordings, Tensors, shape_of
 from anarcho_train.steps.torch_in_backward import UpdatesInBackward
 from anarcho_train.steps.torch_memory import RandomState, empty_caches, forget_updates
 from anarcho_train.steps.torch_ranks import TorchRanks
@@ -41,6 +42,10 @@ from anarcho_train.steps.torch_waiting import Done, Later
 if TYPE_CHECKING:
     from anarcho_train.steps.torch_shards import Shards
 
+LOSS = "loss."
+"""Before the names of arrays that the loss reads, besides log-probabilities."""
+INDICES = ("tokens", "targets", "positions", "segments")
+"""The model's arguments that are whole numbers."""
 MAX_COMPILED_SHAPES = 64
 """So many shapes of batches are compiled before torch.compile gives up and runs the model uncompiled; its own limit is 8."""
 
@@ -182,6 +187,9 @@ class TorchStep:
         self._at_once = UpdatesInBackward(model, optimizer) if config.update_in_backward else None
         if self._at_once and (self._several or self._scaler.is_enabled()):
             raise ValueError("train.update_in_backward is true; expected one process, and no float16")
+        alone = not self._several and self._at_once is None and not self._scaler.is_enabled()
+        recorded = config.cuda_graphs if alone and self.device.type == "cuda" else False
+        self._recordings = Recordings(model, choice=recorded, notify=notify)
         if shards is not None:
             shards.serve()
         elif self._several:
@@ -341,8 +349,13 @@ class TorchStep:
         """The summed loss of a batch."""
 
         def sums() -> LossSum:
+            arrays = self._arrays(batch, self._neutral(batch))
+            kind = "evaluation", shape_of(arrays)
             with self._without_update():
-                measured = _sums([self._batch_loss(self._logprobs, batch, self._neutral(batch))])
+                measured = self._recordings.run(kind, arrays, self._measured) if self._recordings.wants(kind) else None
+                if measured is None:
+                    with self._recordings.watched(kind):
+                        measured = self._measured(self._tensors(arrays))
             return _total(measured.names, measured.values.tolist(), weight=self._loss.weight(batch))
 
         return self._guarded(sums)
@@ -355,7 +368,7 @@ class TorchStep:
 
         def rows() -> np.ndarray:
             with self._without_update():
-                logprobs = self._forward(self._logprobs, batch, self._neutral(batch))
+                logprobs = self._forward(self._logprobs, self._tensors(self._arrays(batch, self._neutral(batch))))
             return answer_logprobs(logprobs.detach(), self._tensor(batch.weights)).cpu().numpy()
 
         return self._guarded(rows)
@@ -397,10 +410,17 @@ class TorchStep:
             self._scaler = self._new_scaler()  # The old one remembers that it has unscaled gradients in this step.
             self._scaler.load_state_dict(state)
             random.restore()
+            self._recordings.stop()
             empty_caches(self.device)
             return self._updating
 
-        return guarded(work, recover=recover)
+        recorded = len(self._recordings) > 0
+        try:
+            return guarded(work, recover=recover)
+        except OutOfMemory as error:
+            if error.torn or not recorded:
+                raise
+        return guarded(work, recover=recover)  # with the memory of the recordings, which are given up
 
     def _new_scaler(self) -> torch.amp.GradScaler:
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.float16)
@@ -416,7 +436,38 @@ class TorchStep:
 
     def _accumulate(self, micro_batches: Sequence[Batch], share: _Share, schedule: StepSchedule) -> _Sums:
         """Gradients of all micro-batches, those of other ranks included, and what was measured on each of this rank."""
-        return self._backward(self._parts, micro_batches, share, schedule)
+        kind = "training", *(shape_of(self._arrays(batch, {})) for batch in micro_batches)
+        recorded = share.weight and self._recordings.wants(kind)
+        sums = self._recorded(kind, micro_batches, share, schedule) if recorded else None
+        if sums is None:
+            with self._recordings.watched(kind):
+                sums = self._backward(self._parts, micro_batches, share, schedule)
+        return sums
+
+    def _recorded(
+        self, kind: Hashable, micro_batches: Sequence[Batch], share: _Share, schedule: StepSchedule
+    ) -> _Sums | None:
+        """The same by recorded passes of one process; None where they could not be recorded."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self._gradients.begin(accumulated=len(micro_batches) > 1)
+        # As CUDA rounds the division by a number that the host knows.
+        scale = np.float32(1.0) / np.float32(share.weight)
+
+        def work(tensors: Tensors) -> _Sums:
+            factor = tensors.pop("scale")
+            loss, measures = self._loss_of(self._logprobs, tensors)
+            (loss * factor).backward()
+            return _sums([(loss, measures)])
+
+        found, first_row = [], share.first_row
+        for number, batch in enumerate(micro_batches):
+            arrays = self._arrays(batch, self._drawn(batch, schedule, first_row))
+            sums = self._recordings.run((kind, number > 0, shape_of(arrays)), arrays | {"scale": np.array(scale)}, work)
+            if sums is None:
+                return None
+            found.append(_Sums(sums.names, sums.values.clone()))
+            first_row += len(batch.tokens)
+        return _Sums(found[0].names, torch.cat([sums.values for sums in found]))
 
     def _backward(
         self, logprobs: Callable[..., Tensor], micro_batches: Sequence[Batch], share: _Share, schedule: StepSchedule
@@ -431,9 +482,9 @@ class TorchStep:
 
         def forward(batch: Batch, counted: float) -> Tensor:
             nonlocal first_row
-            draws = self._draws(batch, step=schedule.number, first_row=first_row) if self._draws else {}
+            tensors = self._tensors(self._arrays(batch, self._drawn(batch, schedule, first_row)))
             with record_function("forward"):
-                loss, measures = self._batch_loss(logprobs, batch, draws)
+                loss, measures = self._loss_of(logprobs, tensors)
             if not counted:
                 return 0.0 * loss
             first_row += len(batch.tokens)
@@ -460,25 +511,41 @@ class TorchStep:
         """A compiled model keeps its training graph in an evaluation, with the arguments that it has there."""
         return self._draws.neutral(batch) if self._draws and self.compiled else {}
 
-    def _batch_loss(
-        self, logprobs: Callable[..., Tensor], batch: Batch, draws: Mapping[str, np.ndarray]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        # What the batch lacks is to be found before the model has worked on it.
-        arrays = self._loss.arrays(batch)
-        found = self._forward(logprobs, batch, draws)
-        return self._loss(found, {name: self._tensor(array) for name, array in arrays.items()})
+    def _drawn(self, batch: Batch, schedule: StepSchedule, first_row: int) -> Mapping[str, np.ndarray]:
+        """What is random in the training on a batch that begins with this row of its step."""
+        return self._draws(batch, step=schedule.number, first_row=first_row) if self._draws else {}
 
-    def _forward(self, logprobs: Callable[..., Tensor], batch: Batch, draws: Mapping[str, np.ndarray]) -> Tensor:
-        arrays = {
+    def _arrays(self, batch: Batch, draws: Mapping[str, np.ndarray]) -> Arrays:
+        """What a pass over the batch reads: the model's arguments, and what the loss reads, marked as such."""
+        # What the batch lacks is to be found before the model has worked on it.
+        of_loss = {LOSS + name: array for name, array in self._loss.arrays(batch).items()}
+        of_model = {
             "tokens": batch.tokens,
             "targets": batch.targets,
             "positions": batch.positions,
             "segments": batch.segments,
         }
-        tensors = {name: self._tensor(array).long() for name, array in arrays.items() if array is not None}
-        tensors |= {name: self._tensor(array) for name, array in draws.items()}
+        return {name: array for name, array in of_model.items() if array is not None} | dict(draws) | of_loss
+
+    def _tensors(self, arrays: Arrays) -> Tensors:
+        return {name: self._tensor(array) for name, array in arrays.items()}
+
+    def _measured(self, tensors: Tensors) -> _Sums:
+        """The loss of a batch, for which nothing is changed."""
+        return _sums([self._loss_of(self._logprobs, tensors)])
+
+    def _loss_of(self, logprobs: Callable[..., Tensor], tensors: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
+        of_loss = {name.removeprefix(LOSS): tensor for name, tensor in tensors.items() if name.startswith(LOSS)}
+        return self._loss(self._forward(logprobs, tensors), of_loss)
+
+    def _forward(self, logprobs: Callable[..., Tensor], tensors: Tensors) -> Tensor:
+        arguments = {
+            name: tensor.long() if name in INDICES else tensor
+            for name, tensor in tensors.items()
+            if not name.startswith(LOSS)
+        }
         with self._autocast():
-            return logprobs(tensors.pop("tokens"), tensors.pop("targets"), **tensors)
+            return logprobs(arguments.pop("tokens"), arguments.pop("targets"), **arguments)
 
     @contextmanager
     def _without_update(self) -> Iterator[None]:
@@ -502,6 +569,7 @@ class TorchStep:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         self._notify(f"torch.compile failed here ({reason}); training goes on without it")
         self.compiled = False
+        self._recordings.forget()
         self._parts.leave_compilation()
         self._logprobs = self.model.token_logprobs  # type: ignore[assignment]
 

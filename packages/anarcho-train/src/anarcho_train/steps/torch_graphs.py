@@ -1,0 +1,174 @@
+"""Passes over micro-batches as CUDA graphs: a thousand kernels, recorded once for a shape, which the host then starts as one.
+
+Notable:
+
+* a small micro-batch takes the device less time than the host needs to start its kernels one by one; whether that is so is measured on
+  the passes before, which also compile, tune and load whatever a recording must find ready;
+* a recording holds addresses: batches are copied to where it reads them, gradients lie where it writes them, and it is given up when
+  weights have moved;
+* all recordings share one pool of memory, and none begins before another has ended: between them lives on what they were given and what
+  they return.
+
+Source: CUDA graphs in PyTorch, https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+WARM = 3
+"""Passes of a shape before it is recorded: the first compiles, the second finds the allocator filled, the third is measured."""
+HOST_BOUND = 0.7
+"""Share of a pass' time that the host takes to start its kernels, above which the device waits for it."""
+MAX_KINDS = 8
+"""So many kinds of passes are recorded; further ones go on as before."""
+
+Arrays = Mapping[str, np.ndarray]
+Tensors = dict[str, Tensor]
+Work = Callable[[Tensors], Any]
+"""A pass over tensors that lie on the device, returning others; a backward pass leaves its gradients in the parameters."""
+
+
+@dataclass(frozen=True)
+class _Recording:
+    replay: Callable[[], None]
+    inputs: Tensors
+    output: Any
+    gradients: list[Tensor | None]
+    """Of the model's parameters, where it leaves them."""
+
+
+class Recordings:
+    """The recorded passes of a model on one CUDA device. ``choice`` True records whatever comes often, `auto` what the host slows down.
+
+    ``notify`` receives a sentence where recording fails; everything then goes on without.
+    """
+
+    def __init__(self, model: nn.Module, *, choice: bool | Literal["auto"], notify: Callable[[str], None]) -> None:
+        self._parameters = list(model.parameters())
+        self._device = self._parameters[0].device
+        self._wanted, self._measures, self._notify = bool(choice), choice == "auto", notify
+        self._recorded: dict[Hashable, _Recording] = {}
+        self._kinds: set[Hashable] = set()
+        self._seen: dict[Hashable, int] = {}
+        self._host_bound: dict[Hashable, bool] = {}
+        self._measured: tuple[Hashable, float, Any, Any] | None = None
+        self._addresses: list[int] = []
+        self._pool: Any = None
+        self._stream: Any = None
+
+    def __len__(self) -> int:
+        return len(self._recorded)
+
+    def wants(self, kind: Hashable) -> bool:
+        """Whether passes of this kind are to be recorded, as far as those before have shown."""
+        if not self._wanted or self._seen.get(kind, 0) < WARM:
+            return False
+        if self._recorded and self._addresses != self._where():
+            self.forget()
+        self._read_times()
+        if len(self._kinds) < MAX_KINDS and (self._host_bound.get(kind, False) or not self._measures):
+            self._kinds.add(kind)
+        return kind in self._kinds
+
+    @contextmanager
+    def watched(self, kind: Hashable) -> Iterator[None]:
+        """Within the block, a pass that is not recorded; how long host and device take for it is measured."""
+        number = self._seen[kind] = self._seen.get(kind, 0) + 1
+        if not (self._wanted and self._measures and number == WARM):
+            yield
+            return
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        start = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - start
+        end.record()
+        self._measured = kind, seconds, begin, end
+
+    def run(self, key: Hashable, arrays: Arrays, work: Work) -> Any:
+        """What ``work`` returns for these arrays; None, with nothing done, where it could not be recorded.
+
+        The parameters then have the gradients that it leaves. Where it adds to those before, these must lie where they did when it was
+        recorded. The result is overwritten by the next run of the same key.
+        """
+        recording = self._recorded.get(key) or self._record(key, arrays, work)
+        if recording is None:
+            return None
+        for name, array in arrays.items():
+            source = torch.from_numpy(np.ascontiguousarray(array))
+            recording.inputs[name].copy_(
+                source.pin_memory() if self._device.type == "cuda" else source, non_blocking=True
+            )
+        recording.replay()
+        self._set_gradients(recording.gradients)
+        return recording.output
+
+    def forget(self) -> None:
+        """Gives up all recordings and their memory; what comes again is recorded again."""
+        self._recorded.clear()
+        self._pool = None
+
+    def stop(self) -> None:
+        """Nothing is recorded from now on."""
+        self._wanted = False
+        self.forget()
+
+    def _record(self, key: Hashable, arrays: Arrays, work: Work) -> _Recording | None:
+        inputs = {
+            name: torch.from_numpy(np.ascontiguousarray(array)).to(self._device) for name, array in arrays.items()
+        }
+        before = [parameter.grad for parameter in self._parameters]
+        try:
+            replay, output = self._captured(work, dict(inputs))
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            error.__traceback__ = None  # Its frames hold what was computed.
+            self.stop()
+            self._set_gradients(before)
+            self._notify(f"a pass could not be recorded as a CUDA graph ({reason}); training goes on without")
+            return None
+        self._addresses = self._where()
+        gradients = [parameter.grad for parameter in self._parameters]
+        self._recorded[key] = _Recording(replay, inputs, output, gradients)
+        return self._recorded[key]
+
+    def _captured(self, work: Work, inputs: Tensors) -> tuple[Callable[[], None], Any]:
+        """What does the work again, and the result that it then overwrites; nothing has been computed yet."""
+        if self._pool is None:
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._device)
+        # The pool of the recordings has no use for what other memory is free, but the device has only that.
+        gc.collect()
+        torch.cuda.empty_cache()
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, which prepare batches or write files, may use the device meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            output = work(inputs)
+        return graph.replay, output
+
+    def _set_gradients(self, gradients: list[Tensor | None]) -> None:
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            parameter.grad = gradient
+
+    def _where(self) -> list[int]:
+        return [parameter.data_ptr() for parameter in self._parameters]
+
+    def _read_times(self) -> None:
+        if self._measured is not None and self._measured[-1].query():
+            kind, seconds, begin, end = self._measured
+            self._measured = None
+            self._host_bound[kind] = seconds > HOST_BOUND * begin.elapsed_time(end) / 1000
+
+
+def shape_of(arrays: Arrays) -> Hashable:
+    """What passes over these arrays have in common with those that one recording serves."""
+    return tuple((name, array.shape, array.dtype.str) for name, array in arrays.items())

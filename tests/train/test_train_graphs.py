@@ -1,0 +1,239 @@
+"""Recorded passes: what they are given, where their gradients lie, when they are made and given up.
+
+A CUDA graph needs a GPU (`tests/integration/test_cuda_steps.py`); here a recording does its work again on the tensors that it was given,
+and overwrites the result and the gradients that it left then, as a graph does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from anarcho_model import ModelConfig
+from anarcho_model.torch import GPT
+from anarcho_optim import OptimConfig
+from anarcho_optim.torch import MuonAdamW, param_groups
+from anarcho_tokenize import Batch
+from anarcho_train import StepSchedule, TrainConfig
+from anarcho_train.draws import TrainingDraws
+from anarcho_train.steps import torch_graphs
+from anarcho_train.steps.torch import TorchStep
+from anarcho_train.steps.torch_graphs import WARM, Recordings, shape_of
+from torch import Tensor, nn
+
+LENGTH = 16
+
+
+def leaves(value: Any) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else [value.values]
+
+
+class Repeated(Recordings):
+    """Recordings whose work is done again, in place of a graph."""
+
+    recorded = 0
+
+    def _captured(self, work: Any, inputs: Any) -> Any:
+        self.recorded += 1
+        parameters = self._parameters
+        before = [p.grad for p in parameters]
+        first = [None if g is None else g.clone() for g in before]
+        output = work(dict(inputs))
+        places = [p.grad for p in parameters]
+        for old, was in zip(before, first, strict=True):
+            if old is not None and was is not None:
+                old.copy_(was)
+
+        def replay() -> None:
+            for parameter, old in zip(parameters, before, strict=True):
+                parameter.grad = old
+            again = work(dict(inputs))
+            for place, new in zip(leaves(output), leaves(again), strict=True):
+                place.copy_(new.detach())
+            for place, parameter in zip(places, parameters, strict=True):
+                if place is not None and place is not parameter.grad:
+                    place.copy_(parameter.grad)
+
+        return replay, output
+
+
+def make_step(**settings: Any) -> TorchStep:
+    model = GPT(ModelConfig(vocab_size=64, context_length=LENGTH, num_layers=2, dim=32, num_heads=2))
+    model.init_weights(seed=0)
+    return TorchStep(
+        model,
+        MuonAdamW(param_groups(model, config=OptimConfig())),
+        config=TrainConfig(precision="float32", compile="off"),
+        save_model=lambda model, directory: torch.save(model.state_dict(), directory / "model.pt"),
+        load_model=lambda model, directory: model.load_state_dict(torch.load(directory / "model.pt")),
+        **settings,
+    )
+
+
+def recording(step: TorchStep, said: list[str] | None = None) -> Repeated:
+    step._recordings = Repeated(step.model, choice=True, notify=[].append if said is None else said.append)
+    return step._recordings
+
+
+def batches(number: int, *, count: int = 1, rows: int = 4, length: int = LENGTH) -> list[Batch]:
+    drawn = np.random.default_rng(number).integers(0, 64, (rows, length + 1)).astype(np.int32)
+    weights = np.random.default_rng(number + 1000).integers(0, 2, (rows, length)).astype(np.float32)
+    return [
+        Batch(tokens=part[:, :-1], targets=part[:, 1:], weights=weight)
+        for part, weight in zip(np.split(drawn, count), np.split(weights, count), strict=True)
+    ]
+
+
+def losses(step: TorchStep, numbers: range, **shape: Any) -> list[float]:
+    return [step.train(batches(n, **shape), schedule=StepSchedule(lr_scale=1.0, number=n)).loss for n in numbers]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_recorded_passes_train_as_others_do(count):
+    plain, recorded = make_step(), make_step()
+    kept = recording(recorded)
+    assert losses(recorded, range(10), count=count) == pytest.approx(losses(plain, range(10), count=count), rel=1e-5)
+    assert kept.recorded == len(kept) == min(count, 2)
+    for a, b in zip(plain.model.parameters(), recorded.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_shape_is_recorded_when_it_has_come_often_and_serves_its_own_batches_alone():
+    step = make_step()
+    kept = recording(step)
+    losses(step, range(WARM))
+    assert kept.recorded == 0
+    losses(step, range(WARM, WARM + 2))
+    assert kept.recorded == 1
+    losses(step, range(WARM), rows=2)
+    assert kept.recorded == 1
+    losses(step, range(1), rows=2)
+    assert kept.recorded == 2
+
+
+def test_what_is_random_is_drawn_for_each_step():
+    draws = TrainingDraws(seed=1, dim=32, neftune_alpha=10.0)
+    plain, recorded = make_step(draws=draws), make_step(draws=draws)
+    kept = recording(recorded)
+    assert losses(recorded, range(8)) == pytest.approx(losses(plain, range(8)), rel=1e-5)
+    assert kept.recorded == 1
+
+
+def test_evaluations_are_recorded_and_see_the_weights_of_the_moment():
+    plain, recorded = make_step(), make_step()
+    kept = recording(recorded)
+    for number in range(6):
+        (batch,) = batches(100 + number)
+        assert recorded.evaluate(batch).loss == pytest.approx(plain.evaluate(batch).loss, rel=1e-5)
+        losses(plain, range(number, number + 1))
+        losses(recorded, range(number, number + 1))
+    assert kept.recorded == 2
+
+
+def test_loaded_weights_are_read_where_they_lie(tmp_path):
+    step = make_step()
+    kept = recording(step)
+    losses(step, range(5))
+    (tmp_path / "saved").mkdir()
+    step.save(tmp_path / "saved")
+    after = losses(step, range(5, 8))
+    step.load(tmp_path / "saved")
+    assert losses(step, range(5, 8)) == pytest.approx(after, rel=1e-6)
+    assert kept.recorded >= 1
+
+
+def test_weights_that_have_moved_are_recorded_anew():
+    step = make_step()
+    kept = recording(step)
+    losses(step, range(5))
+    for parameter in step.model.parameters():
+        parameter.data = parameter.data.clone()
+    plain = make_step()
+    plain.model.load_state_dict(step.model.state_dict())
+    (batch,) = batches(5)
+    wanted = plain.evaluate(batch).loss / batch.weights.sum()
+    assert losses(step, range(5, 6)) == pytest.approx([wanted], rel=1e-5)
+    assert kept.recorded == 2
+
+
+def test_where_recording_fails_training_goes_on_and_says_so(monkeypatch):
+    plain, step = make_step(), make_step()
+    said: list[str] = []
+    kept = recording(step, said)
+
+    def fails(work: Any, inputs: Any) -> Any:
+        work(dict(inputs))
+        raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
+
+    monkeypatch.setattr(kept, "_captured", fails)
+    assert losses(step, range(6), count=2) == pytest.approx(losses(plain, range(6), count=2), rel=1e-6)
+    assert len(said) == 1
+    assert "could not be recorded as a CUDA graph (operation not permitted when stream is capturing); " in said[0]
+
+
+def test_memory_that_runs_out_is_tried_again_without_recordings():
+    step = make_step()
+    kept = recording(step)
+    losses(step, range(5))
+    assert len(kept) == 1
+    forward, calls = step._logprobs, []
+
+    def runs_out(*arguments: Any, **named: Any) -> Tensor:
+        calls.append(len(kept))
+        if len(kept):
+            raise RuntimeError("CUDA out of memory. Tried to allocate")
+        return forward(*arguments, **named)
+
+    step._logprobs = runs_out
+    (found,) = losses(step, range(5, 6), rows=2)
+    assert np.isfinite(found)
+    assert calls == [1, 0]
+    losses(step, range(6, 12))
+    assert len(kept) == 0
+
+
+def test_auto_records_what_the_host_slows_down(monkeypatch):
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None: ...
+
+        def query(self) -> bool:
+            return True
+
+        def elapsed_time(self, end: Event) -> float:
+            return 1e-6 if host_bound else 1e6
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    model = nn.Linear(2, 2)
+    for host_bound in (True, False):
+        found = Recordings(model, choice="auto", notify=print)
+        for _ in range(WARM):
+            assert not found.wants("kind")
+            with found.watched("kind"):
+                pass
+        assert found.wants("kind") == host_bound
+
+
+def test_a_run_of_many_shapes_records_the_first_few(monkeypatch):
+    monkeypatch.setattr(torch_graphs, "MAX_KINDS", 2)
+    found = Recordings(nn.Linear(2, 2), choice=True, notify=print)
+    for kind in "abc":
+        for _ in range(WARM):
+            with found.watched(kind):
+                pass
+    assert [found.wants(kind) for kind in "abcab"] == [True, True, False, True, True]
+
+
+def test_the_choice_is_checked():
+    with pytest.raises(ValueError, match=r"train\.cuda_graphs is 'on'; expected true, false or 'auto'"):
+        TrainConfig(cuda_graphs="on")
+
+
+def test_arrays_of_one_shape_have_one_recording():
+    a, b = np.zeros((2, 3), np.int32), np.ones((2, 3), np.int32)
+    assert shape_of({"tokens": a}) == shape_of({"tokens": b}) != shape_of({"tokens": a.astype(np.int64)})
+    assert shape_of({"tokens": a}) != shape_of({"tokens": a, "segments": b})
