@@ -101,6 +101,14 @@ def test_a_cuda_graph_follows_schedules_and_gradients_that_move():
         assert torch.equal(a, b)
 
 
+def test_a_graph_in_the_pool_of_others_can_be_taken_back():
+    (parameters, optimizer), (twins, plain) = make({}), make({})
+    for pool in (None, torch.cuda.graph_pool_handle(), None):
+        optimizer.use_graph(pool)
+        for a, b in zip(run(parameters, optimizer, 3, fresh=True), run(twins, plain, 3, fresh=True), strict=True):
+            assert torch.equal(a, b)
+
+
 def test_a_restored_state_continues_bit_for_bit():
     parameters, optimizer = make({"normuon": True})
     run(parameters, optimizer, 3)

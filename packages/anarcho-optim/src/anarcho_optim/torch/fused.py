@@ -55,8 +55,15 @@ class FusedStep:
             raise ValueError("cuda_graph is True with a process_group; expected at most one of them")
         self._cuda_graph, self._scratch_bytes = cuda_graph, scratch_bytes
         self.process_group, self.stochastic_rounding = process_group, stochastic_rounding
+        self._graph_pool: Any = None
         self._key: Any = None
         self._plan: Plan | None = None
+
+    def use_graph(self, pool: Any | None) -> None:
+        """See `MuonAdamW.use_graph`."""
+        self._cuda_graph, self._graph_pool = pool is not None, pool
+        if self._plan is not None:
+            self._plan.graph = None
 
     def __deepcopy__(self, memo: Any) -> FusedStep:
         copied = FusedStep(**self._settings)
@@ -133,7 +140,8 @@ class FusedStep:
         else:
             if plan.graph is None:
                 plan.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(plan.graph):
+                # Other threads, which prepare data or write files, may use the device meanwhile.
+                with torch.cuda.graph(plan.graph, pool=self._graph_pool, capture_error_mode="thread_local"):
                     self._launch(plan)
             plan.graph.replay()
         plan.runs += 1

@@ -95,6 +95,14 @@ class MuonAdamW(torch.optim.Optimizer):
         # Schedulers look among the defaults for what they can schedule.
         super().__init__(params, defaults)
 
+    def use_graph(self, pool: Any | None) -> None:
+        """From now on a step's CUDA work is one graph, as with ``cuda_graph``, with the temporary memory of ``pool``; None takes that back.
+
+        The pool is one of `torch.cuda.graph_pool_handle`; other graphs may have it, too, of which none runs at the same time and none reads
+        what another has left there.
+        """
+        self._fused.use_graph(pool)
+
     def add_param_group(self, param_group: Group) -> None:
         """Adds a group, checks it and creates its state; raises ValueError as the class does."""
         where = str(param_group.get("name", f"group {len(self.param_groups)}"))

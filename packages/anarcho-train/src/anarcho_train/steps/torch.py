@@ -189,7 +189,8 @@ class TorchStep:
             raise ValueError("train.update_in_backward is true; expected one process, and no float16")
         alone = not self._several and self._at_once is None and not self._scaler.is_enabled()
         recorded = config.cuda_graphs if alone and self.device.type == "cuda" else False
-        self._recordings = Recordings(model, choice=recorded, notify=notify)
+        share_pool = getattr(optimizer, "use_graph", lambda pool: None)
+        self._recordings = Recordings(model, choice=recorded, notify=notify, share_pool=share_pool)
         if shards is not None:
             shards.serve()
         elif self._several:

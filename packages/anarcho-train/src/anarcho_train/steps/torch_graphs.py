@@ -50,13 +50,22 @@ class _Recording:
 class Recordings:
     """The recorded passes of a model on one CUDA device. ``choice`` True records whatever comes often, `auto` what the host slows down.
 
-    ``notify`` receives a sentence where recording fails; everything then goes on without.
+    ``notify`` receives a sentence where recording fails; everything then goes on without. ``share_pool`` is told the pool of memory, which
+    graphs that run between passes may use, and None when it is given up.
     """
 
-    def __init__(self, model: nn.Module, *, choice: bool | Literal["auto"], notify: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        choice: bool | Literal["auto"],
+        notify: Callable[[str], None],
+        share_pool: Callable[[Any], None] = lambda pool: None,
+    ) -> None:
         self._parameters = list(model.parameters())
         self._device = self._parameters[0].device
         self._wanted, self._measures, self._notify = bool(choice), choice == "auto", notify
+        self._share_pool = share_pool
         self._recorded: dict[Hashable, _Recording] = {}
         self._kinds: set[Hashable] = set()
         self._seen: dict[Hashable, int] = {}
@@ -64,7 +73,6 @@ class Recordings:
         self._measured: tuple[Hashable, float, Any, Any] | None = None
         self._addresses: list[int] = []
         self._pool: Any = None
-        self._stream: Any = None
 
     def __len__(self) -> int:
         return len(self._recorded)
@@ -116,7 +124,9 @@ class Recordings:
     def forget(self) -> None:
         """Gives up all recordings and their memory; what comes again is recorded again."""
         self._recorded.clear()
-        self._pool = None
+        if self._pool is not None:
+            self._pool = None
+            self._share_pool(None)
 
     def stop(self) -> None:
         """Nothing is recorded from now on."""
@@ -145,13 +155,14 @@ class Recordings:
     def _captured(self, work: Work, inputs: Tensors) -> tuple[Callable[[], None], Any]:
         """What does the work again, and the result that it then overwrites; nothing has been computed yet."""
         if self._pool is None:
-            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._device)
+            self._pool = torch.cuda.graph_pool_handle()
+            self._share_pool(self._pool)
         # The pool of the recordings has no use for what other memory is free, but the device has only that.
         gc.collect()
         torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
         # Other threads, which prepare batches or write files, may use the device meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             output = work(inputs)
         return graph.replay, output
 
