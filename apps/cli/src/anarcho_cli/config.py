@@ -103,6 +103,10 @@ class RunConfig:
             raise ConfigError(
                 f"train.lean is true and lora.rank is {self.lora.rank}; an adapter is small as it is: expected one of them"
             )
+        if self.train.float8 and self.lora.rank:
+            raise ConfigError(
+                f"train.float8 is true and lora.rank is {self.lora.rank}; its frozen layers are not taken: expected one of them"
+            )
         if self.train.neftune_alpha and self.data.kind != "chat":
             raise ConfigError(
                 f"train.neftune_alpha is {self.train.neftune_alpha}, but data.kind is '{self.data.kind}'; expected 0, as this "

@@ -77,6 +77,7 @@ _FLAG = {
         "early_stopping_min_delta",
         "precision",
         "narrow_residual",
+        "float8",
         "lean",
         "compile",
         "neftune_alpha",

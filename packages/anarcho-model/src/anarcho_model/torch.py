@@ -106,6 +106,8 @@ class GPT(nn.Module):
     """Bound of the float32 logits that `token_logprobs` holds at a time; None is what suits the device."""
     narrow_residual: bool = False
     """Keep the residual stream in the compute dtype: a twentieth faster on an H100, at the price of rounding it in every block."""
+    float8: bool = False
+    """Multiply in 8-bit floats when training, compiled for CUDA, in bfloat16, where that is faster: see `layers.torch_float8`."""
     adapter: Adapter | None = None
     """The low-rank adapter that `anarcho_model.lora.torch.add_adapter` has given it."""
     compiled_parts: str | None = None
@@ -289,7 +291,7 @@ class GPT(nn.Module):
         if segments is not None:
             causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
             mask = (segments[:, None, :, None] == segments[:, None, None, :]) & causal
-        return AttentionContext(cos=cos, sin=sin, mask=mask)
+        return AttentionContext(cos=cos, sin=sin, mask=mask, float8=self.float8)
 
 
 @functools.cache

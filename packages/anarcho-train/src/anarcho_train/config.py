@@ -59,6 +59,11 @@ class TrainConfig:
     """Whether what passes from block to block, the residual stream, has the type of the matrix products, too; by default it is float32.
 
     Norms and sums are bound by memory: an H100 saves a twentieth of the time, and with gradient checkpointing half of what is kept."""
+    float8: bool = False
+    """Whether training multiplies in 8-bit floats where layers are wide enough to gain: faster, for somewhat coarser gradients.
+
+    For models that are compiled for NVIDIA GPUs of compute capability 8.9 or later, with `precision` bfloat16, and not for an adapter.
+    Evaluations, checkpoints and what is made of them are as without it."""
     lean: bool = False
     """Whether weights and optimizer state are bfloat16, too, rounded stochastically: half of their memory, for a somewhat higher loss.
 
@@ -122,6 +127,12 @@ class TrainConfig:
             raise ValueError(
                 f"train.lean is true and train.precision is {self.precision!r}; expected 'bfloat16' or 'auto'"
             )
+        if self.float8 and self.precision not in ("auto", "bfloat16"):
+            raise ValueError(
+                f"train.float8 is true and train.precision is {self.precision!r}; expected 'bfloat16' or 'auto'"
+            )
+        if self.float8 and self.compile == "off":
+            raise ValueError("train.float8 is true and train.compile is 'off'; expected 'on' or 'auto'")
         if self.update_in_backward and self.grad_clip:
             raise ValueError(
                 f"train.update_in_backward is true and train.grad_clip is {self.grad_clip}, but the norm of all gradients is known only "

@@ -48,6 +48,8 @@ def require_supported(config: RunConfig, device: str) -> None:
 
     if config.train.lean:
         raise ValueError("train.lean is true, which MLX does not have; expected false, or --backend torch")
+    if config.train.float8:
+        raise ValueError("train.float8 is true, which MLX does not have; expected false, or --backend torch")
     if config.train.update_in_backward:
         raise ValueError(
             "train.update_in_backward is true, which MLX does not have; expected false, or --backend torch"

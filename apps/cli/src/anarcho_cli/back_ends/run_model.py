@@ -40,6 +40,8 @@ class RunModel:
             self.lora.add_adapter(model, self.config.lora, seed=self.config.train.seed)
         model.gradient_checkpointing = self.config.train.gradient_checkpointing is True
         model.narrow_residual = self.config.train.narrow_residual
+        if self.config.train.float8:  # MLX refuses it, and its models do not have it
+            model.float8 = True
 
     def set_first_weights(self, model: Any) -> None:
         """The weights of the directory ``base`` where that is there, else random ones; an adapter stays as it is."""

@@ -32,7 +32,7 @@ NAME: str = "torch"
 
 def require_supported(config: RunConfig, device: str) -> None:
     """Refuses an arithmetic that the device does not have; where there is nothing to refuse, PyTorch is loaded beside what follows."""
-    always = device == "cpu" and config.train.precision != "float16" and not config.train.lean
+    always = device == "cpu" and config.train.precision != "float16" and not (config.train.lean or config.train.float8)
     if always and "torch" not in sys.modules:
         load_beside("torch", "anarcho_model.torch", "anarcho_optim.torch", "anarcho_train.steps.torch")
         return
@@ -50,6 +50,11 @@ def require_supported(config: RunConfig, device: str) -> None:
             f"train.lean is true, but train.precision 'auto' is {precision} on this {device}; "
             "expected false, or train.precision = 'bfloat16'"
         )
+    if config.train.float8:
+        from anarcho_model.layers.torch_float8 import obstacle
+
+        if found := obstacle(config.model, torch.device(device)):
+            raise ValueError(f"train.float8 is true, but {found}, or false")
 
 
 def limit_memory(device: str) -> None:

@@ -13,6 +13,7 @@ QK-norm (arXiv:2010.04245), SwiGLU (arXiv:2002.05202).
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from anarcho_model.config import ModelConfig
-from anarcho_model.layers import torch_cpu, torch_cuda
+from anarcho_model.layers import torch_cpu, torch_cuda, torch_float8
 from anarcho_model.layers.torch_rotary import RotaryTables, rotate
 
 __all__ = ["AttentionContext", "Block", "LayerCache", "RMSNorm", "RotaryTables", "compute_dtype", "widen"]
@@ -50,6 +51,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Float[Tensor, "*shape size"]) -> Float[Tensor, "*shape size"]:
         weight = widen(self.weight)
         return F.rms_norm(widen(x), weight.shape, weight, self.eps).to(compute_dtype(self.weight))
+
+    def limit(self) -> torch_float8.Limit:
+        """No number that it returns is larger: one that is alone in its row becomes `sqrt(size)`, times its weight."""
+        return math.sqrt(len(self.weight)) * self.weight.detach().abs().amax().float()
 
 
 def project_all(x: Float[Tensor, "tokens inputs"], *layers: nn.Module) -> list[Float[Tensor, "tokens outputs"]]:
@@ -109,6 +114,8 @@ class AttentionContext(NamedTuple):
     """With a cache: where the new tokens are stored."""
     extent: int = 0
     """With a cache: number of stored tokens to attend to."""
+    float8: bool = False
+    """Whether training multiplies in 8-bit floats what `torch_float8` suits."""
 
 
 class LayerCache:
@@ -151,26 +158,40 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_size, eps=config.norm_eps) if config.qk_norm else None
 
     def forward(
-        self, x: Float[Tensor, "batch length dim"], context: AttentionContext, cache: LayerCache | None
+        self,
+        x: Float[Tensor, "batch length dim"],
+        context: AttentionContext,
+        cache: LayerCache | None,
+        *,
+        limit: torch_float8.Limit | None = None,
     ) -> Float[Tensor, "batch length dim"]:
+        """With a ``limit``, above all numbers of ``x``, products are in 8-bit floats where that gains."""
         batch, length, dim = x.shape
-        q, k, v = self._heads_of(x, context)
+        q, k, v = self._heads_of(x, context, limit)
         if cache is not None:
             k, v = cache.append(k, v, context)
         if self.kv_heads != self.heads:  # repeated here, because not every device's kernel takes grouped heads
             group = self.heads // self.kv_heads
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         mixed = attend(q, k, v, mask=context.mask)
-        (result,) = project_all(mixed.transpose(1, 2).reshape(batch * length, -1), self.o_proj)
+        joined = mixed.transpose(1, 2).reshape(batch * length, -1)
+        if limit is not None and torch_float8.suits_linear(joined, self.o_proj, dtype=joined.dtype):
+            return torch_float8.linear(joined, self.o_proj.weight).view(batch, length, dim)
+        (result,) = project_all(joined, self.o_proj)
         return result.view(batch, length, dim)
 
     def _heads_of(
-        self, x: Float[Tensor, "batch length dim"], context: AttentionContext
+        self, x: Float[Tensor, "batch length dim"], context: AttentionContext, limit: torch_float8.Limit | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The rotated queries and keys, and the values, each (batch, heads, length, head)."""
         flat, cos, sin, dtype = x.reshape(-1, x.shape[-1]), context.cos, context.sin, compute_dtype(x)
         layers = self.q_proj, self.k_proj, self.v_proj
-        if self.q_norm is None and torch_cuda.suits(flat, *layers, dtype=dtype):
+        plain = self.q_norm is None
+        if plain and limit is not None and torch_float8.suits_linear(flat, *layers, dtype=dtype):
+            weights = [layer.weight for layer in layers]
+            sizes = {"heads": self.heads, "kv_heads": self.kv_heads}
+            return torch_float8.heads_of(flat, *weights, cos=cos, sin=sin, limit=limit, **sizes)
+        if plain and torch_cuda.suits(flat, *layers, dtype=dtype):
             weight = torch.cat([layer.weight for layer in layers]).to(dtype)
             return torch_cuda.heads_of(flat.to(dtype), weight, cos, sin, heads=self.heads, kv_heads=self.kv_heads)
         q, k, v = (part.view(*x.shape[:2], -1, self.head_size) for part in project_all(flat, *layers))
@@ -189,9 +210,15 @@ class SwiGLU(nn.Module):
         self.up_proj = nn.Linear(config.dim, config.ffn_size, bias=False)
         self.down_proj = nn.Linear(config.ffn_size, config.dim, bias=False)
 
-    def forward(self, x: Float[Tensor, "batch length dim"]) -> Float[Tensor, "batch length dim"]:
+    def forward(
+        self, x: Float[Tensor, "batch length dim"], *, limit: torch_float8.Limit | None = None
+    ) -> Float[Tensor, "batch length dim"]:
+        """With a ``limit``, above all numbers of ``x``, products are in 8-bit floats where that gains."""
         flat, dtype = x.reshape(-1, x.shape[-1]), compute_dtype(x)
-        if torch_cuda.suits(flat, self.gate_proj, self.up_proj, self.down_proj, dtype=dtype):
+        layers = self.gate_proj, self.up_proj, self.down_proj
+        if limit is not None and torch_float8.suits_swiglu(flat, *layers, dtype=dtype):
+            return torch_float8.swiglu(flat, *(layer.weight for layer in layers), limit=limit).view(x.shape)
+        if torch_cuda.suits(flat, *layers, dtype=dtype):
             gate_up = F.linear(flat, torch.cat((self.gate_proj.weight, self.up_proj.weight)))
             return torch_cuda.swiglu(gate_up, self.down_proj.weight.to(dtype)).view(x.shape)
         gate, up = project_all(flat, self.gate_proj, self.up_proj)
@@ -212,5 +239,7 @@ class Block(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch length dim"], context: AttentionContext, cache: LayerCache | None = None
     ) -> Float[Tensor, "batch length dim"]:
-        h = x + self.self_attn(self.input_layernorm(x), context, cache)
-        return h + self.mlp(self.post_attention_layernorm(h))
+        norms = self.input_layernorm, self.post_attention_layernorm
+        limits = [norm.limit() if context.float8 else None for norm in norms]
+        h = x + self.self_attn(self.input_layernorm(x), context, cache, limit=limits[0])
+        return h + self.mlp(self.post_attention_layernorm(h), limit=limits[1])

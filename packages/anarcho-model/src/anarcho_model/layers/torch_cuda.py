@@ -30,7 +30,7 @@ try:
 except ImportError:  # It is not public: where a later PyTorch has none, the compiler's own backward passes serve.
     FunctionalTensorMode = None
 
-__all__ = ["heads_of", "suits", "swiglu"]
+__all__ = ["heads_of", "operator", "pack_rotary_gradients", "split_heads", "suits", "swiglu"]
 
 AVAILABLE = FunctionalTensorMode is not None and importlib.util.find_spec("triton") is not None
 """Whether the kernels can be compiled."""
@@ -47,22 +47,22 @@ def suits(x: Float[Tensor, "tokens inputs"], *layers: nn.Module, dtype: torch.dt
     return dtype in DTYPES and all(type(layer) is nn.Linear and layer.weight.requires_grad for layer in layers)
 
 
-def _operator(signature: str, function: Callable[..., Any]) -> Any:
+def operator(signature: str, function: Callable[..., Any]) -> Any:
     """An operator that is differentiated whole and then traced through, as `torch.library.triton_op` makes them.
 
     That function would import Triton with this module, and warn where there is none.
     """
     name, _, schema = signature.partition("(")
-    operator = torch.library.custom_op(f"anarcho_model::{name}", function, mutates_args=(), schema=f"({schema}")
-    operator.register_fake(function)
+    whole = torch.library.custom_op(f"anarcho_model::{name}", function, mutates_args=(), schema=f"({schema}")
+    whole.register_fake(function)
 
     def traced(mode: Any, _operator: object, _types: object, args: Any, kwargs: Any) -> Any:
         with mode:
             return function(*args, **kwargs)
 
     if FunctionalTensorMode is not None:
-        operator.register_torch_dispatch(FunctionalTensorMode, traced)
-    return operator
+        whole.register_torch_dispatch(FunctionalTensorMode, traced)
+    return whole
 
 
 def swiglu(
@@ -88,7 +88,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
     ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
 
 
-_swiglu = _operator("swiglu(Tensor gate_up, Tensor weight) -> Tensor", _swiglu_forward)
+_swiglu = operator("swiglu(Tensor gate_up, Tensor weight) -> Tensor", _swiglu_forward)
 _swiglu.register_autograd(_swiglu_backward, setup_context=_save)
 
 
@@ -112,9 +112,14 @@ def heads_of(
 def _heads_of_forward(
     x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
+    return split_heads(x @ weight.t(), cos, sin, heads, kv_heads)
+
+
+def split_heads(together: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q and k, rotated, and v, which is a view of ``together``, where all heads of a token lie side by side."""
     length, head_size = cos.shape[2], 2 * cos.shape[3]
-    together = (x @ weight.t()).view(-1, length, heads + 2 * kv_heads, head_size)
-    q, k, v = (part.transpose(1, 2) for part in together.split((heads, kv_heads, kv_heads), dim=2))
+    parts = together.view(-1, length, heads + 2 * kv_heads, head_size).split((heads, kv_heads, kv_heads), dim=2)
+    q, k, v = (part.transpose(1, 2) for part in parts)
     return rotate_halves(q, cos, sin), rotate_halves(k, cos, sin), v
 
 
@@ -124,7 +129,7 @@ def _heads_of_backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor)
     return grad @ weight, grad.t() @ x, None, None, None, None
 
 
-_heads_of = _operator(
+_heads_of = operator(
     "heads_of(Tensor x, Tensor weight, Tensor cos, Tensor sin, int heads, int kv_heads) -> (Tensor, Tensor, Tensor)",
     _heads_of_forward,
 )
