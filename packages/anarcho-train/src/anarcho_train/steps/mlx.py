@@ -35,6 +35,7 @@ from anarcho_train.steps.agreement import agreed_memory
 from anarcho_train.steps.files import OPTIMIZER_FILE, RUNTIME_FILE
 from anarcho_train.steps.mlx_anomalies import first_anomaly
 from anarcho_train.steps.mlx_memory import RandomState, is_whole
+from anarcho_train.steps.mlx_norm import global_norm
 from anarcho_train.steps.mlx_ranks import MlxRanks
 from anarcho_train.steps.mlx_settings import resolve_compile, resolve_precision
 from anarcho_train.steps.mlx_state import (
@@ -142,7 +143,8 @@ class MlxStep:
         self._narrowed: Callable[[Any], Any] = getattr(model, "narrowed", lambda parameters: parameters)
         self._accepted = inspect.signature(self._token_logprobs).parameters
         optimizer.init(model.trainable_parameters())
-        self._leaves_out = "where" in inspect.signature(optimizer.apply_gradients).parameters
+        accepted = inspect.signature(optimizer.apply_gradients).parameters
+        self._leaves_out = "where" in accepted and "scale" in accepted
         self._param_groups = param_groups(optimizer)
         for param_group in self._param_groups:
             param_group.setdefault("initial_lr", param_group["lr"])
@@ -319,13 +321,13 @@ class MlxStep:
         self._eager = {"gradients": self._batch_gradients, "logprobs": self._batch_logprobs}
         if not self.compiled:
             self._functions = self._eager
-            self._norm, self._update = _global_norm, self._apply_gradients
+            self._norm, self._update = global_norm, self._apply_gradients
             return
         self._functions = {
             name: mx.compile(self._traced(function), inputs=[model, generator], outputs=[generator])
             for name, function in self._eager.items()
         }
-        self._norm = mx.compile(self._traced(_global_norm))
+        self._norm = mx.compile(self._traced(global_norm))
         state = [model, optimizer]
         self._update = mx.compile(self._traced(self._apply_gradients), inputs=state, outputs=state)
 
@@ -374,11 +376,12 @@ class MlxStep:
 
     def _apply_gradients(self, gradients: Any, factor: mx.array, wanted: mx.array) -> None:
         """The update with ``factor`` times the gradients; none where ``wanted`` is false."""
-        scaled = tree_map(lambda gradient: gradient.astype(mx.float32) * factor, gradients)
         weights = self.model.trainable_parameters()
         if self._leaves_out:
-            self.model.update(self.optimizer.apply_gradients(scaled, weights, where=wanted))  # type: ignore[call-arg]
+            optimizer: Any = self.optimizer
+            self.model.update(optimizer.apply_gradients(gradients, weights, where=wanted, scale=factor))
             return
+        scaled = tree_map(lambda gradient: gradient.astype(mx.float32) * factor, gradients)
         state = [(container, key, container[key]) for _, container, key in leaves(self.optimizer.state)]
         new = self.optimizer.apply_gradients(scaled, weights)
         self.model.update(tree_map(lambda after, before: mx.where(wanted, after, before), new, weights))
@@ -467,13 +470,6 @@ def _set_precision(model: nn.Module, name: str, device: mx.Device) -> mx.Dtype:
             f"train.precision is {name}, but {type(model).__name__} has no compute_dtype to set; use float32 or auto"
         )
     return mx.float32
-
-
-def _global_norm(gradients: Any, unscale: mx.array) -> mx.array:
-    """The 2-norm of all gradients together, each multiplied by ``unscale`` first."""
-    flat: dict[str, mx.array] = dict(tree_flatten(gradients))
-    squares = [mx.square(gradient.astype(mx.float32)).sum() for gradient in flat.values()]
-    return mx.sqrt(mx.stack(squares).sum()) * unscale
 
 
 def _wide_sum(total: mx.array, gradient: mx.array) -> mx.array:

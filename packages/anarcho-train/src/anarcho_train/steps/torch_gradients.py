@@ -51,7 +51,11 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
         return norm.full_tensor()
     if all(gradient.dtype == torch.float32 for gradient in gradients):
         return torch.nn.utils.get_total_norm(gradients)
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients), 2.0, dtype=torch.float32)))
+    # Tensors of one type are few kernels together, those of several one for each tensor.
+    types = {gradient.dtype for gradient in gradients}
+    together = [[g for g in gradients if g.dtype == dtype] for dtype in sorted(types, key=str)]
+    norms = [norm for group in together for norm in torch._foreach_norm(group, 2.0, dtype=torch.float32)]
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 @contextmanager

@@ -157,6 +157,7 @@ class Recordings:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
             self._share_pool(self._pool)
+            _free_workspaces()
         # The pool of the recordings has no use for what other memory is free, but the device has only that.
         gc.collect()
         torch.cuda.empty_cache()
@@ -178,6 +179,13 @@ class Recordings:
             kind, seconds, begin, end = self._measured
             self._measured = None
             self._host_bound[kind] = seconds > HOST_BOUND * begin.elapsed_time(end) / 1000
+
+
+def _free_workspaces() -> None:
+    """Frees what cuBLAS works in, which it gets anew in the pool where the recorded work runs."""
+    free = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)  # It is not public.
+    if free is not None:
+        free()
 
 
 def shape_of(arrays: Arrays) -> Hashable:
