@@ -122,6 +122,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dim", type=int, default=768)
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--narrow-residual", action="store_true", help="ours keeps the residual stream in bfloat16")
+    parser.add_argument("--float8", action="store_true", help="ours multiplies in 8-bit floats where that gains")
     parser.add_argument("--compile", choices=("on", "off"), default="on", help="of both sides")
     parser.add_argument("--cuda-graphs", choices=("auto", "on", "off"), default="auto", help="of our side")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
@@ -230,6 +231,7 @@ def our_step(
     model = GPT(config)
     model.init_weights(seed=0)
     model.gradient_checkpointing, model.narrow_residual = job.checkpointing, options.narrow_residual
+    model.float8 = options.float8
     shards = _in_shards(model, ranks, options) if strategy == "fsdp" and ranks.size > 1 else None
     if shards is None:
         model.to(options.device, torch.bfloat16 if job.lean else torch.float32)

@@ -121,6 +121,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpointing", action="store_true", help="the blocks of fsdp keep their inputs alone")
     parser.set_defaults(cuda_graphs="off")  # Several processes have none.
     parser.add_argument("--narrow-residual", action="store_true", help="ours keeps the residual stream in bfloat16")
+    parser.add_argument("--float8", action="store_true", help="ours multiplies in 8-bit floats where that gains")
     parser.add_argument("--compile", choices=("on", "off"), default="on", help="of both sides")
     parser.add_argument(
         "--whole-graph", action="store_true", help="the peer's is not cut where buckets of gradients end"

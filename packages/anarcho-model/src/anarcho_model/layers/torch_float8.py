@@ -106,8 +106,9 @@ def _width(inputs: int, outputs: int) -> float:
 
 
 def _limit(*tensors: Tensor) -> Limit:
-    """The largest absolute value of all of them."""
-    return torch.stack([tensor.abs().amax() for tensor in tensors]).amax().float()
+    """The largest absolute value of all of them; of each row first, so that the kernel that makes a row may find it."""
+    tops = [tensor.abs().amax(-1).amax() for tensor in tensors]
+    return (tops[0] if len(tops) == 1 else torch.stack(tops).amax()).float()
 
 
 def _unit(limit: Limit, dtype: torch.dtype) -> Float[Tensor, ""]:
@@ -292,8 +293,7 @@ def _swiglu_backward(ctx: Any, grad: Tensor, *_others: object) -> tuple[Tensor |
     x8, x_unit, first8, first_unit, second8, second_unit, gate_up, hidden_limit, factor_limit = ctx.saved_tensors
     first, second = Narrow(first8, first_unit), Narrow(second8, second_unit)
     lengths = grad.float().square().sum(-1).amax().sqrt()
-    tops = grad.abs().amax(-1).amax().float()
-    rows, columns = _gradient_in_both_orders(grad, tops)
+    rows, columns = _gradient_in_both_orders(grad, _limit(grad))
     # A number of the hidden layer's gradient is the product of a row of `grad` and a column of the weight.
     column_lengths = second8.float().square().sum(0).amax().sqrt() * second_unit
     unit = _unit(SILU_SLOPE * ROUNDING * lengths * column_lengths * factor_limit, E5M2)
