@@ -5,8 +5,8 @@
 A job is `context:batch:optimizer`, the optimizer `muon` (matrices of the blocks by Muon, the rest by AdamW) or `adamw`. Both sides make
 whole compiled steps on the same random tokens and end each with their weights evaluated:
 
-* ours is the trainer's own step: float32 weights, gradients and optimizer state, matrix products in bfloat16, clipping, and with `muon`
-  this project's optimizer;
+* ours is the trainer's own step: float32 weights and optimizer state, matrix products in bfloat16, clipping, and this project's optimizer;
+  with `--narrow-residual` the residual stream is in bfloat16, too, as theirs is;
 * theirs is mlx-lm's trainer's: its loss on its Llama with weights (and so gradients and state) in bfloat16, no clipping, and MLX's own
   `AdamW` or `Muon`.
 
@@ -86,6 +86,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--precision", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--checkpointing", action="store_true", help="ours keeps only each block's input for backward")
+    parser.add_argument(
+        "--narrow-residual", action="store_true", help="ours keeps the residual stream in the precision"
+    )
     parser.add_argument("--logits-mib", type=int, help="bound of our float32 logits; the model's own without it")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of a round")
     parser.add_argument("--rounds", type=int, default=2, help="how often the two follow each other")
@@ -142,16 +145,15 @@ def _measure_side(
 def _our_step(config: ModelConfig, ids: np.ndarray, optimizer: str, options: argparse.Namespace) -> Step:
     model = GPT(config)
     model.init_weights(seed=0)
-    model.gradient_checkpointing = options.checkpointing
+    model.gradient_checkpointing, model.narrow_residual = options.checkpointing, options.narrow_residual
     if options.logits_mib:
         model.logits_chunk_bytes = options.logits_mib * 2**20
-    if optimizer == "muon":
-        chosen = MuonAdamW(param_groups(model, config=OptimConfig(lr=1e-3, adamw_lr=1e-4)))
-    else:
-        chosen = mlx.optimizers.AdamW(1e-4)
+    groups: Any = param_groups(model, config=OptimConfig(lr=1e-3, adamw_lr=1e-4))
+    if optimizer == "adamw":
+        groups = [{"algorithm": "adamw", "lr": 1e-4, "params": list(model.named_parameters().items())}]
     trainer = MlxStep(
         model,
-        chosen,
+        MuonAdamW(groups),
         config=TrainConfig(precision=options.precision, compile="on"),
         save_model=lambda model, directory: None,
         load_model=lambda model, directory: None,

@@ -133,7 +133,9 @@ def test_the_compute_dtype_keeps_the_stream_the_result_and_the_gradients_in_floa
     ours.compute_dtype = dtype
     stream, products = set(), set()
     block, linear = layers.Block.__call__, layers.Linear.__call__
-    monkeypatch.setattr(layers.Block, "__call__", lambda *args: (stream.add(args[1].dtype), block(*args))[1])
+    monkeypatch.setattr(
+        layers.Block, "__call__", lambda *args, **more: (stream.add(args[1].dtype), block(*args, **more))[1]
+    )
     monkeypatch.setattr(layers.Linear, "__call__", lambda self, x: (products.add(x.dtype), linear(self, x))[1])
     rounded = ours.token_logprobs(tokens, targets)
     _, found = gradients(ours, loss, tokens, targets)

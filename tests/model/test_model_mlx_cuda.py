@@ -6,7 +6,7 @@ import pytest
 
 mx = pytest.importorskip("mlx.core")
 import mlx.nn as nn  # noqa: E402
-from anarcho_model.layers import mlx_cuda  # noqa: E402
+from anarcho_model.layers import mlx_cuda, mlx_norm  # noqa: E402
 
 needs_cuda = pytest.mark.skipif(
     not (mx.cuda.is_available() and mx.default_device() == mx.gpu), reason="needs MLX on a CUDA GPU"
@@ -32,10 +32,10 @@ def wide(*arrays):
 @pytest.mark.parametrize("shape", [(4, 4096, 768), (3, 7, 768), (2, 5, 12, 64), (5, 33, 2048), (2, 3, 40)], ids=str)
 def test_the_gradients_of_a_norm_are_those_of_float32(shape, dtype):
     x, cotangent, weight = draw(shape, dtype), draw(shape, dtype), 1 + draw(shape[-1:], dtype) / 4
-    assert mlx_cuda.has_norm_gradients(shape[-1], dtype)
+    assert mlx_norm.has_norm_gradients(shape[-1], dtype)
     expected = mx.vjp(lambda x, weight: mx.fast.rms_norm(x, weight, 1e-5), wide(x, weight), wide(cotangent))[1]
-    found = mlx_cuda.norm_gradients(x, weight, cotangent, eps=1e-5)
-    again = mlx_cuda.norm_gradients(x, weight, cotangent, eps=1e-5)
+    found = mlx_norm.norm_gradients(x, weight, cotangent, eps=1e-5)
+    again = mlx_norm.norm_gradients(x, weight, cotangent, eps=1e-5)
     for gradient, same, exact in zip(found, again, expected, strict=True):
         assert gradient.dtype == dtype
         assert relative_error(gradient, exact) < TOLERANCE[dtype]
@@ -57,11 +57,11 @@ def test_the_gradients_of_the_gated_product_are_those_of_float32(shape, dtype):
 def test_other_types_and_sizes_are_left_to_mlx(monkeypatch):
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
     monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
-    assert mlx_cuda.has_norm_gradients(768, mx.bfloat16)
-    assert not mlx_cuda.has_norm_gradients(768, mx.float32)
-    assert not mlx_cuda.has_norm_gradients(764, mx.bfloat16)
-    assert not mlx_cuda.has_norm_gradients(4096, mx.bfloat16)
+    assert mlx_norm.has_norm_gradients(768, mx.bfloat16)
+    assert not mlx_norm.has_norm_gradients(768, mx.float32)
+    assert not mlx_norm.has_norm_gradients(764, mx.bfloat16)
+    assert not mlx_norm.has_norm_gradients(4096, mx.bfloat16)
     assert mlx_cuda.has_gated_gradients(mx.zeros((2, 16), mx.float16))
     assert not mlx_cuda.has_gated_gradients(mx.zeros((2, 12), mx.float16))
     monkeypatch.setattr(mx, "default_device", lambda: mx.cpu)
-    assert not mlx_cuda.has_norm_gradients(768, mx.bfloat16)
+    assert not mlx_norm.has_norm_gradients(768, mx.bfloat16)

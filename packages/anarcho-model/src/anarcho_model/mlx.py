@@ -39,8 +39,8 @@ from anarcho_model.layers.mlx import (
     Linear,
     RMSNorm,
     RotaryAngles,
+    embed,
     is_frozen,
-    widen,
 )
 from anarcho_model.logprobs.mlx import chunked_logprobs
 
@@ -213,20 +213,20 @@ class GPT(nn.Module):
         context = self._attention_context(tokens.shape[1], positions, segments, cache)
         if self.adapter is not None:
             self.adapter.begin(dropout_keys, length=tokens.shape[1])
-        x = self.model.embed_tokens(tokens)
-        x = x.astype(self.compute_dtype) if self.narrow_residual else widen(x)
+        x = embed(self.model.embed_tokens, tokens, dtype=self.compute_dtype if self.narrow_residual else None)
         if embedding_noise is not None:
             x = x + embedding_noise
+        added: mx.array | None = None
         for index, block in enumerate(self.model.layers):
             if cache is not None:
-                x = block(x, context, cache.layers[index])
+                x, added = block(x, context, cache.layers[index], added=added)
             elif self.gradient_checkpointing:
-                x = _checkpointed(block, x, context)
+                x, added = _checkpointed(block, x if added is None else x + added, context)
             else:
-                x = block(x, context)
+                x, added = block(x, context, added=added)
         if cache is not None:
             cache.lengths = mx.add(cache.lengths, tokens.shape[1], stream=mx.cpu)
-        return self.model.norm(x, dtype=self.compute_dtype)
+        return self.model.norm.of_sum(x, added, dtype=self.compute_dtype)[1]
 
     def unembed(self, hidden: Float[mx.array, "*shape dim"]) -> Float[mx.array, "*shape vocab"]:
         """Logits of hidden states, in the compute dtype."""
@@ -307,10 +307,10 @@ def _additive(visible: mx.array, dtype: mx.Dtype) -> mx.array:
     return mx.where(visible, mx.array(0, dtype), mx.array(-math.inf, dtype))
 
 
-def _checkpointed(block: Block, x: mx.array, context: AttentionContext) -> mx.array:
-    """The block's output, of which backward keeps the input alone; the parameters are inputs, or they had no gradient."""
+def _checkpointed(block: Block, x: mx.array, context: AttentionContext) -> tuple[mx.array, mx.array]:
+    """The block's outputs, of which backward keeps the input alone; the parameters are inputs, or they had no gradient."""
 
-    def run(parameters: dict, x: mx.array) -> mx.array:
+    def run(parameters: dict, x: mx.array) -> tuple[mx.array, mx.array]:
         own = block.trainable_parameters()
         block.update(parameters)
         try:

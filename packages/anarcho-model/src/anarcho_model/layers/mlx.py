@@ -27,7 +27,14 @@ from jaxtyping import Float, Int
 
 from anarcho_model.config import ModelConfig
 from anarcho_model.layers.mlx_attention import attend, attend_in_training
-from anarcho_model.layers.mlx_cuda import gated_gradients, has_gated_gradients, has_norm_gradients, norm_gradients
+from anarcho_model.layers.mlx_cuda import (
+    gated_gradients,
+    has_gated_gradients,
+    has_lookup,
+    lookup,
+)
+from anarcho_model.layers.mlx_norm import has_norm_gradients, norm_gradients, sum_norm, sum_norm_gradients
+from anarcho_model.layers.mlx_rotation import has_rotation_kernel, project_rotated, rotate_both
 
 __all__ = [
     "AttentionContext",
@@ -38,6 +45,7 @@ __all__ = [
     "RMSNorm",
     "RotaryAngles",
     "Rotation",
+    "embed",
     "widen",
 ]
 
@@ -101,14 +109,47 @@ class Linear(nn.Linear):
 
 def project_all(x: Float[mx.array, "*shape inputs"], *layers: nn.Module) -> list[Float[mx.array, "*shape outputs"]]:
     """What each layer makes of `x`; trained linear layers have one gradient for it together."""
-    if all(type(layer) is Linear and not is_frozen(layer) for layer in layers):
-        return project(x, *(layer.weight.astype(x.dtype) for layer in layers))  # pyright: ignore[reportReturnType]
+    if are_trained(*layers):
+        weights = (layer.weight.astype(x.dtype) for layer in layers)  # pyright: ignore[reportOptionalMemberAccess]
+        return project(x, *weights)  # pyright: ignore[reportReturnType]
     return [layer(x) for layer in layers]  # pyright: ignore[reportCallIssue]
+
+
+def are_trained(*layers: nn.Module) -> bool:
+    """Whether all are linear layers whose own weights are trained."""
+    return all(type(layer) is Linear and not is_frozen(layer) for layer in layers)
 
 
 def is_frozen(layer: nn.Module) -> bool:
     """Whether `layer.freeze()` has taken its weights out of training."""
     return "weight" not in layer.trainable_parameters()
+
+
+def embed(
+    layer: nn.Module, tokens: Int[mx.array, "*shape"], *, dtype: mx.Dtype | None
+) -> Float[mx.array, "*shape dim"]:
+    """The rows of an embedding, as `dtype`; None means at least float32."""
+    if type(layer) is nn.Embedding and has_lookup(layer.weight, dtype or mx.float32):
+        return _looked_up(dtype or mx.float32)(layer.weight, tokens)
+    rows: mx.array = layer(tokens)  # pyright: ignore[reportCallIssue]
+    return widen(rows) if dtype is None else rows.astype(dtype)
+
+
+@functools.cache
+def _looked_up(dtype: mx.Dtype) -> Callable[[mx.array, mx.array], mx.array]:
+    """`lookup`, and its gradient."""
+
+    @mx.custom_function
+    def rows(table: mx.array, tokens: mx.array) -> mx.array:
+        return lookup(table, tokens, dtype)
+
+    @rows.vjp
+    def _(primals: Sequence[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
+        table, tokens = primals
+        added = cotangent.reshape(-1, cotangent.shape[-1]).astype(table.dtype)
+        return mx.zeros_like(table).at[tokens.reshape(-1)].add(added), mx.zeros_like(tokens)
+
+    return rows  # pyright: ignore[reportReturnType]
 
 
 class RMSNorm(nn.Module):
@@ -128,6 +169,35 @@ class RMSNorm(nn.Module):
         if has_norm_gradients(x.shape[-1], dtype):
             return _norm_on_cuda(self.eps)(x, weight)  # pyright: ignore[reportReturnType]
         return mx.fast.rms_norm(x, weight, self.eps)
+
+    def of_sum(
+        self, x: Float[mx.array, "*shape size"], added: Float[mx.array, "*shape size"] | None, *, dtype: mx.Dtype
+    ) -> tuple[Float[mx.array, "*shape size"], Float[mx.array, "*shape size"]]:
+        """`x + added` in the type of `x`, and the norm of that; `added` None means nothing."""
+        if added is None:
+            return x, self(x, dtype=dtype)
+        if has_norm_gradients(x.shape[-1], dtype) and added.dtype == dtype and x.dtype in (dtype, mx.float32):
+            total, _, normed = _sum_norm_on_cuda(self.eps)(x, added, self.weight.astype(dtype))
+            return total, normed
+        x = x + added
+        return x, self(x, dtype=dtype)
+
+
+@functools.cache
+def _sum_norm_on_cuda(eps: float) -> Callable[[mx.array, mx.array, mx.array], tuple[mx.array, mx.array, mx.array]]:
+    """`sum_norm`, and its gradient."""
+
+    @mx.custom_function
+    def summed(x: mx.array, added: mx.array, weight: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        return sum_norm(x, added, weight, eps=eps)
+
+    @summed.vjp
+    def _(
+        primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array]
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        return sum_norm_gradients(outputs[1], primals[2], cotangents[2], cotangents[0], eps=eps)
+
+    return summed  # pyright: ignore[reportReturnType]
 
 
 @functools.cache
@@ -350,19 +420,29 @@ class Attention(nn.Module):
         self, x: Float[mx.array, "batch length dim"], context: AttentionContext, cache: LayerCache | None
     ) -> Float[mx.array, "batch length dim"]:
         batch, length, _ = x.shape
-        q, k, v = project_all(x, self.q_proj, self.k_proj, self.v_proj)
-        q = q.reshape(batch, length, self.heads, self.head_size)
-        k = k.reshape(batch, length, self.kv_heads, self.head_size)
-        v = v.reshape(batch, length, self.kv_heads, self.head_size).transpose(0, 2, 1, 3)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q, dtype=x.dtype), self.k_norm(k, dtype=x.dtype)
-        q = context.rotation(q.transpose(0, 2, 1, 3))
-        k = context.rotation(k.transpose(0, 2, 1, 3))
+        q, k, v = (heads.transpose(0, 2, 1, 3) for heads in self._turned(x, context, in_table=cache is None))
         if cache is None:
             mixed = attend_in_training(q, k, v, mask=context.mask)
         else:
             mixed = attend(q, *cache.append(k, v, context), mask=context.mask)
         return self.o_proj(mixed.transpose(0, 2, 1, 3).reshape(batch, length, -1))
+
+    def _turned(
+        self, x: Float[mx.array, "batch length dim"], context: AttentionContext, *, in_table: bool
+    ) -> Sequence[Float[mx.array, "batch length _ head"]]:
+        """Queries, keys and values, the first two turned; `in_table` says whether a table of angles is worth its making."""
+        layers, rotation = (self.q_proj, self.k_proj, self.v_proj), context.rotation
+        in_table = in_table and has_rotation_kernel(self.head_size, x.dtype)
+        if in_table and self.q_norm is None and are_trained(*layers):
+            weights = (layer.weight.astype(x.dtype) for layer in layers)
+            return project_rotated(x, *weights, rotation.cos, rotation.sin)  # pyright: ignore[reportReturnType]
+        q, k, v = (heads.reshape(*x.shape[:2], -1, self.head_size) for heads in project_all(x, *layers))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q, dtype=x.dtype), self.k_norm(k, dtype=x.dtype)
+        if in_table:
+            return *rotate_both(q, k, rotation.cos, rotation.sin), v  # pyright: ignore[reportReturnType, reportGeneralTypeIssues]
+        q, k = (rotation(heads.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3) for heads in (q, k))
+        return q, k, v
 
 
 class SwiGLU(nn.Module):
@@ -392,7 +472,15 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.dim, eps=config.norm_eps)
 
     def __call__(
-        self, x: Float[mx.array, "batch length dim"], context: AttentionContext, cache: LayerCache | None = None
-    ) -> Float[mx.array, "batch length dim"]:
-        h = x + self.self_attn(self.input_layernorm(x, dtype=context.dtype), context, cache)
-        return h + self.mlp(self.post_attention_layernorm(h, dtype=context.dtype))
+        self,
+        x: Float[mx.array, "batch length dim"],
+        context: AttentionContext,
+        cache: LayerCache | None = None,
+        *,
+        added: Float[mx.array, "batch length dim"] | None = None,
+    ) -> tuple[Float[mx.array, "batch length dim"], Float[mx.array, "batch length dim"]]:
+        """The residual stream `x + added` with the attention added, and what is still to be added: whoever norms next does both at once."""
+        x, normed = self.input_layernorm.of_sum(x, added, dtype=context.dtype)
+        mixed = self.self_attn(normed, context, cache)
+        x, normed = self.post_attention_layernorm.of_sum(x, mixed, dtype=context.dtype)
+        return x, self.mlp(normed)

@@ -1,8 +1,7 @@
-"""Kernels for what MLX 0.32 is slow at on a CUDA GPU: the gradients of RMSNorm and of the gated product.
+"""Kernels for what MLX 0.32 is slow at on a CUDA GPU: the gradients of the gated product and of logits, and a lookup of rows.
 
-Notable: MLX sums the gradient of a norm's gain over the tokens in as many blocks of threads as there are 32 columns, in the type of the
-numbers, which was off by 3 % over 16384 tokens in bfloat16; here every block sums some rows in float32, always the same ones, so the result
-is the same each time. Of the gated product's gradient, what two results share is computed once and never written down.
+Notable: of the gated product's gradient, what two results share is computed once and never written down. Norms and rotations have modules
+of their own, `anarcho_model.layers.mlx_norm` and `anarcho_model.layers.mlx_rotation`.
 
 Numbers are read and written 16 bytes at a time, computed in float32, and rounded once. Elsewhere than on CUDA none of this is used.
 """
@@ -14,19 +13,20 @@ from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-__all__ = ["gated_gradients", "has_gated_gradients", "has_norm_gradients", "norm_gradients"]
+__all__ = [
+    "gated_gradients",
+    "has_gated_gradients",
+    "has_logit_gradients",
+    "has_lookup",
+    "logit_gradients",
+    "lookup",
+]
 
 VECTOR = 8
 """Numbers of half precision in 16 bytes."""
 THREADS = 256
-NORM_BLOCKS = 512
-"""Blocks of threads that share a norm's rows: about four for each multiprocessor of an H100."""
-NORM_SHARED_BYTES = 32 * 2**10
-"""Bound of the sums that a block puts together."""
-MAX_NORM_SIZE = 2048
-"""A thread has so much of a row, and of the sums, in its registers."""
 
 EIGHT = """
 union Eight {
@@ -34,78 +34,6 @@ union Eight {
     T values[8];
 };
 """
-
-NORM = (
-    EIGHT
-    + """
-constexpr int ROWS = THREADS / LANES;
-__shared__ float sums[ROWS * SIZE];
-const int lane = threadIdx.x % LANES, place = threadIdx.x / LANES, rows = x_shape[0];
-const Eight zero = {uint4{0, 0, 0, 0}};
-Eight gains[PARTS];
-float totals[PARTS][8];
-#pragma unroll
-for (int part = 0; part < PARTS; ++part) {
-    const int column = (part * LANES + lane) * 8;
-    gains[part] = zero;
-    if (column < SIZE) gains[part].bits = *reinterpret_cast<const uint4*>(weight + column);
-    for (int i = 0; i < 8; ++i) totals[part][i] = 0;
-}
-for (int first = blockIdx.x * ROWS; first < rows; first += gridDim.x * ROWS) {
-    const int row = first + place;
-    const size_t start = static_cast<size_t>(row) * SIZE;
-    Eight inputs[PARTS], grads[PARTS];
-    float squares = 0, products = 0;
-    #pragma unroll
-    for (int part = 0; part < PARTS; ++part) {
-        const int column = (part * LANES + lane) * 8;
-        inputs[part] = grads[part] = zero;
-        if (row < rows && column < SIZE) {
-            inputs[part].bits = *reinterpret_cast<const uint4*>(x + start + column);
-            grads[part].bits = *reinterpret_cast<const uint4*>(cotangent + start + column);
-        }
-        #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            const float value = float(inputs[part].values[i]);
-            squares += value * value;
-            products += value * float(grads[part].values[i]) * float(gains[part].values[i]);
-        }
-    }
-    #pragma unroll
-    for (int offset = LANES / 2; offset > 0; offset /= 2) {
-        squares += __shfl_xor_sync(0xffffffffu, squares, offset);
-        products += __shfl_xor_sync(0xffffffffu, products, offset);
-    }
-    const float scale = rsqrtf(squares / SIZE + eps[0]);
-    const float share = products / SIZE * scale * scale;
-    #pragma unroll
-    for (int part = 0; part < PARTS; ++part) {
-        const int column = (part * LANES + lane) * 8;
-        Eight result;
-        #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            const float value = float(inputs[part].values[i]), grad = float(grads[part].values[i]);
-            totals[part][i] += grad * value * scale;
-            result.values[i] = T(scale * (grad * float(gains[part].values[i]) - value * share));
-        }
-        if (row < rows && column < SIZE) *reinterpret_cast<uint4*>(grad_x + start + column) = result.bits;
-    }
-}
-#pragma unroll
-for (int part = 0; part < PARTS; ++part) {
-    const int column = (part * LANES + lane) * 8;
-    if (column < SIZE) {
-        for (int i = 0; i < 8; ++i) sums[place * SIZE + column + i] = totals[part][i];
-    }
-}
-__syncthreads();
-for (int column = threadIdx.x; column < SIZE; column += THREADS) {
-    float total = 0;
-    for (int other = 0; other < ROWS; ++other) total += sums[other * SIZE + column];
-    grad_weight[static_cast<size_t>(blockIdx.x) * SIZE + column] = total;
-}
-"""
-)
 
 GATED = (
     EIGHT
@@ -131,42 +59,49 @@ for (int i = 0; i < 8; ++i) {
 """
 )
 
+LOGITS = (
+    EIGHT
+    + """
+constexpr int BLOCKS = (VOCABULARY + 16 * THREADS - 1) / (16 * THREADS);
+const int row = blockIdx.x / BLOCKS;
+const float normaliser = normalisers[row], grad = cotangent[row];
+const int target = targets[row];
+#pragma unroll
+for (int part = 0; part < 2; ++part) {
+    const int column = ((blockIdx.x % BLOCKS * 2 + part) * THREADS + threadIdx.x) * 8;
+    if (column < VOCABULARY) {
+        const size_t place = static_cast<size_t>(row) * VOCABULARY + column;
+        Eight numbers;
+        numbers.bits = *reinterpret_cast<const uint4*>(logits + place);
+        #pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const float probability = __expf(float(numbers.values[i]) - normaliser);
+            numbers.values[i] = T(((column + i == target ? 1.0f : 0.0f) - probability) * grad);
+        }
+        *reinterpret_cast<uint4*>(grad_logits + place) = numbers.bits;
+    }
+}
+"""
+)
+
+LOOKUP = """
+constexpr int PARTS = SIZE / 8;
+const size_t place = static_cast<size_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+if (place >= static_cast<size_t>(tokens_shape[0]) * PARTS) return;
+const size_t column = place % PARTS * 8, row = tokens[place / PARTS];
+struct alignas(16) Read { float values[8]; };
+struct alignas(16) Written { T values[8]; };
+const Read numbers = *reinterpret_cast<const Read*>(table + row * SIZE + column);
+Written result;
+#pragma unroll
+for (int i = 0; i < 8; ++i) result.values[i] = T(numbers.values[i]);
+*reinterpret_cast<Written*>(found + place * 8) = result;
+"""
+
 
 def on_cuda(dtype: mx.Dtype) -> bool:
     """Whether numbers of this type are computed by a CUDA GPU, in half precision."""
     return dtype in (mx.bfloat16, mx.float16) and mx.default_device() == mx.gpu and mx.cuda.is_available()
-
-
-def has_norm_gradients(size: int, dtype: mx.Dtype) -> bool:
-    """Whether `norm_gradients` takes rows of this size and type."""
-    return size % VECTOR == 0 and size <= MAX_NORM_SIZE and on_cuda(dtype)
-
-
-def norm_gradients(
-    x: Float[mx.array, "*shape size"],
-    weight: Float[mx.array, " size"],
-    cotangent: Float[mx.array, "*shape size"],
-    *,
-    eps: float,
-) -> tuple[Float[mx.array, "*shape size"], Float[mx.array, " size"]]:
-    """The gradients of `mx.fast.rms_norm` for `x` and `weight`, which all have one type."""
-    size = x.shape[-1]
-    lanes = min(32, 1 << (size // VECTOR - 1).bit_length())
-    threads = THREADS
-    while threads // lanes * size * 4 > NORM_SHARED_BYTES:
-        threads //= 2
-    rows = x.reshape(-1, size)
-    blocks = min(NORM_BLOCKS, -(-len(rows) // (threads // lanes)))
-    sizes = {"SIZE": size, "LANES": lanes, "PARTS": -(-size // (VECTOR * lanes)), "THREADS": threads}
-    grad_x, sums = _kernel("norm_gradients")(
-        inputs=[rows, weight, cotangent.reshape(-1, size), mx.array([eps])],
-        template=[("T", x.dtype), *sizes.items()],
-        grid=(blocks * threads, 1, 1),
-        threadgroup=(threads, 1, 1),
-        output_shapes=[rows.shape, (blocks, size)],
-        output_dtypes=[x.dtype, mx.float32],
-    )
-    return grad_x.reshape(x.shape), sums.sum(axis=0).astype(weight.dtype)
 
 
 def has_gated_gradients(gate: Float[mx.array, "*shape hidden"]) -> bool:
@@ -191,11 +126,56 @@ def gated_gradients(
     return [result.reshape(gate.shape) for result in results]
 
 
+def has_logit_gradients(logits: Float[mx.array, "tokens vocab"]) -> bool:
+    """Whether `logit_gradients` takes logits of this size and type."""
+    return logits.shape[1] % VECTOR == 0 and logits.size < 2**33 and on_cuda(logits.dtype)
+
+
+def logit_gradients(
+    logits: Float[mx.array, "tokens vocab"],
+    targets: Int[mx.array, " tokens"],
+    normalisers: Float[mx.array, " tokens"],
+    cotangent: Float[mx.array, " tokens"],
+) -> Float[mx.array, "tokens vocab"]:
+    """Of `logits[targets] - normalisers`, the latter being the logarithm of the sum of exponentials, the gradient for the logits."""
+    tokens, vocabulary = logits.shape
+    return _kernel("logit_gradients")(
+        inputs=[logits, targets, normalisers, cotangent],
+        template=[("T", logits.dtype), ("VOCABULARY", vocabulary), ("THREADS", THREADS)],
+        grid=(tokens * -(-vocabulary // (2 * VECTOR * THREADS)) * THREADS, 1, 1),
+        threadgroup=(THREADS, 1, 1),
+        output_shapes=[logits.shape],
+        output_dtypes=[logits.dtype],
+    )[0]
+
+
+def has_lookup(table: Float[mx.array, "vocab size"], dtype: mx.Dtype) -> bool:
+    """Whether `lookup` takes a table of this size and type."""
+    on_gpu = mx.default_device() == mx.gpu and mx.cuda.is_available()
+    return table.dtype == mx.float32 and table.shape[1] % VECTOR == 0 and mx.issubdtype(dtype, mx.floating) and on_gpu
+
+
+def lookup(
+    table: Float[mx.array, "vocab size"], tokens: Int[mx.array, "*shape"], dtype: mx.Dtype
+) -> Float[mx.array, "*shape size"]:
+    """`table[tokens]` as `dtype`, from a table in float32."""
+    size = table.shape[1]
+    return _kernel("lookup")(
+        inputs=[table, tokens.reshape(-1)],
+        template=[("T", dtype), ("SIZE", size)],
+        grid=(-(-tokens.size * size // (VECTOR * THREADS)) * THREADS, 1, 1),
+        threadgroup=(THREADS, 1, 1),
+        output_shapes=[(*tokens.shape, size)],
+        output_dtypes=[dtype],
+    )[0]
+
+
 @functools.cache
 def _kernel(name: str) -> Callable[..., list[Any]]:
     inputs, outputs, source = {
-        "norm_gradients": (["x", "weight", "cotangent", "eps"], ["grad_x", "grad_weight"], NORM),
         "gated_gradients": (["gate", "up", "cotangent"], ["grad_gate", "grad_up", "product"], GATED),
+        "logit_gradients": (["logits", "targets", "normalisers", "cotangent"], ["grad_logits"], LOGITS),
+        "lookup": (["table", "tokens"], ["found"], LOOKUP),
     }[name]
     kernel: Any = mx.fast.cuda_kernel(name=f"anarcho_{name}", input_names=inputs, output_names=outputs, source=source)
     return kernel

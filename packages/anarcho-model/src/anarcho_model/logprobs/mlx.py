@@ -4,7 +4,7 @@ Every loss is a function of these numbers, and the logits behind them are the la
 sequences of 4096 tokens and 32000 ids: 8 GB in float32). Notable:
 
 * forward keeps one float32 normaliser a token and drops the logits, backward computes them again, so that never more
-  than one chunk exists;
+  than one chunk exists; but those of the last chunk are still there when backward begins, and it begins with them;
 * each chunk depends on the one before (`mx.depends`): MLX evaluates a graph in breadth, and would else have the logits
   of all chunks at once; backward's depend on the incoming gradient, or `mx.compile` would take forward's for them;
 * matrix products run in the compute dtype, normalisers, probabilities and the sum of the weights' gradient are float32.
@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 from jaxtyping import Float, Int
 
+from anarcho_model.layers.mlx_cuda import has_logit_gradients, logit_gradients
 from anarcho_model.logprobs.chunks import chunk_tokens
 
 __all__ = ["chunked_logprobs"]
@@ -43,7 +44,7 @@ def chunked_logprobs(
     starts = range(0, hidden.shape[0], size)
 
     @mx.custom_function
-    def logprobs(hidden: mx.array, weight: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+    def logprobs(hidden: mx.array, weight: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         return _forward(hidden.astype(compute_dtype), weight.astype(compute_dtype), targets, starts)
 
     @logprobs.vjp
@@ -56,6 +57,7 @@ def chunked_logprobs(
             weight.astype(compute_dtype),
             targets,
             outputs[1],
+            outputs[2],
             cotangents[0],
             starts,
             frozen=frozen,
@@ -65,21 +67,24 @@ def chunked_logprobs(
     return logprobs(hidden, weight, targets)[0]  # pyright: ignore[reportIndexIssue]
 
 
-def _forward(hidden: mx.array, weight: mx.array, targets: mx.array, starts: range) -> tuple[mx.array, mx.array]:
-    """The log-probability of each target and the normaliser of each token."""
+def _forward(
+    hidden: mx.array, weight: mx.array, targets: mx.array, starts: range
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The log-probability of each target, the normaliser of each token, and the logits of the last chunk."""
+    logits = mx.zeros((0, weight.shape[0]), hidden.dtype)
     logprobs: list[mx.array] = []
     normalisers: list[mx.array] = []
     for start in starts:
         rows = slice(start, start + starts.step)
         part = mx.depends(hidden[rows], normalisers[-1]) if normalisers else hidden[rows]
         logits = part @ weight.T
-        if mx.default_device() == mx.cpu:  # a GPU has a kernel that sums in float32 whatever it reads
-            logits = logits.astype(mx.float32)
-        losses = mx.fast.cross_entropy(logits, targets[rows])
+        # A GPU has a kernel that sums in float32 whatever it reads.
+        summed = logits.astype(mx.float32) if mx.default_device() == mx.cpu else logits
+        losses = mx.fast.cross_entropy(summed, targets[rows])
         target_logits = mx.take_along_axis(logits, targets[rows, None], axis=1)[:, 0]
         normalisers.append(losses + target_logits.astype(mx.float32))
         logprobs.append(-losses)
-    return mx.concatenate(logprobs), mx.concatenate(normalisers)
+    return mx.concatenate(logprobs), mx.concatenate(normalisers), logits
 
 
 def _backward(
@@ -87,25 +92,34 @@ def _backward(
     weight: mx.array,
     targets: mx.array,
     normalisers: mx.array,
+    last_logits: mx.array,
     grad_output: mx.array,
     starts: range,
     *,
     frozen: bool,
 ) -> tuple[mx.array, mx.array]:
     """Gradients of the hidden states, in the compute dtype, and of the weights, in float32; zeros for `frozen` ones."""
-    ids = mx.arange(weight.shape[0], dtype=targets.dtype)
     grad_weight = mx.zeros(weight.shape, dtype=mx.float32)
     grad_hidden: list[mx.array] = []
     before = [grad_output]
-    for start in starts:
+    for start in reversed(starts):
         rows = slice(start, start + starts.step)
         part = mx.depends(hidden[rows], before)
-        probabilities = mx.exp((part @ weight.T).astype(mx.float32) - normalisers[rows, None])
-        hits = (ids == targets[rows, None]).astype(mx.float32)
-        grad_logits = ((hits - probabilities) * grad_output[rows, None]).astype(weight.dtype)
+        logits = part @ weight.T if grad_hidden else mx.depends(last_logits, before)
+        grad_logits = _grad_logits(logits, targets[rows], normalisers[rows], grad_output[rows])
         grad_hidden.append(grad_logits @ weight)
         before = [grad_hidden[-1]]
         if not frozen:
-            grad_weight = grad_weight + (grad_logits.T @ part).astype(mx.float32)
+            added = (grad_logits.T @ part).astype(mx.float32)
+            grad_weight = grad_weight + added if len(grad_hidden) > 1 else added
             before.append(grad_weight)
-    return mx.concatenate(grad_hidden), grad_weight
+    return mx.concatenate(grad_hidden[::-1]), grad_weight
+
+
+def _grad_logits(logits: mx.array, targets: mx.array, normalisers: mx.array, grad_output: mx.array) -> mx.array:
+    """The gradient of `grad_output` times the log-probabilities, in the type of the logits."""
+    if has_logit_gradients(logits):
+        return logit_gradients(logits, targets, normalisers, grad_output)
+    probabilities = mx.exp(logits.astype(mx.float32) - normalisers[:, None])
+    hits = (mx.arange(logits.shape[1], dtype=targets.dtype) == targets[:, None]).astype(mx.float32)
+    return ((hits - probabilities) * grad_output[:, None]).astype(logits.dtype)

@@ -53,8 +53,12 @@ def orthogonalize(updates: mx.array, *, variant: Variant, dtype: mx.Dtype = mx.f
     """
     if updates.size == 0:
         return updates.astype(dtype)
-    tall = updates.shape[-2] > updates.shape[-1]
-    x = _normalize(updates, variant.safety).astype(dtype)
+    return iterate(_normalize(updates, variant.safety).astype(dtype), variant=variant)
+
+
+def iterate(x: mx.array, *, variant: Variant) -> mx.array:
+    """The iteration of `orthogonalize` on normalised matrices, in their type."""
+    tall = x.shape[-2] > x.shape[-1]
     for a, b, c in variant.coefficients:
         transposed = x.swapaxes(-1, -2)
         gram = transposed @ x if tall else x @ transposed

@@ -86,6 +86,7 @@ def _muon(
     rates: Mapping[str, Mapping[str, mx.array]],
     *,
     where: mx.array | None = None,
+    scale: mx.array | None = None,
 ) -> dict[str, Result]:
     """Muon's step by parameter name, from the four mappings by name; where ``where`` is false, rates must be 0."""
     inputs = [
@@ -96,6 +97,7 @@ def _muon(
             blocks=blocks(weight.shape, options[name], where=f"parameter {name}"),
             options=options[name],
             where=where,
+            scale=scale,
             **{key: rates[name][key].astype(mx.float32) for key in SCHEDULED},
         )
         for name, (weight, gradient) in pairs.items()
@@ -202,19 +204,21 @@ class MuonAdamW(Optimizer):
             return self._state[HYPERPARAMETERS][group]
         return self._state[path] if path else self._state
 
-    def apply_gradients(self, gradients: Any, parameters: Any, *, where: mx.array | None = None) -> Any:
+    def apply_gradients(
+        self, gradients: Any, parameters: Any, *, where: mx.array | None = None, scale: mx.array | None = None
+    ) -> Any:
         """The updated parameters as a tree like ``gradients``, of which ``parameters``, also a tree, may be a superset; updates the state.
 
-        Where the boolean scalar ``where`` is false, parameters and state stay as they are, whatever the gradients hold: a step that turns
-        out not to be finite is left out without waiting for its numbers. Raises ValueError for a gradient whose parameter is unknown or of
-        another shape.
+        The gradients are multiplied by the float32 scalar ``scale``, in float32, as they are read. Where the boolean scalar ``where`` is
+        false, parameters and state stay as they are, whatever the gradients hold: a step that turns out not to be finite is left out
+        without waiting for its numbers. Raises ValueError for a gradient whose parameter is unknown or of another shape.
         """
         pairs = _pairs(gradients, parameters, self._group_of)
         groups = self._group_of
         matrices = {name: pair for name, pair in pairs.items() if groups[name]["algorithm"] == "muon"}
         by_group = {name: _gated(rates, where) for name, rates in self._state[HYPERPARAMETERS].items()}
         rates = {name: by_group[groups[name]["name"]] for name in pairs}
-        results = _muon(matrices, self._state, groups, rates, where=where)
+        results = _muon(matrices, self._state, groups, rates, where=where, scale=scale)
         for name, (weight, gradient) in pairs.items():
             if name not in matrices:
                 results[name] = adamw_step(
@@ -226,6 +230,7 @@ class MuonAdamW(Optimizer):
                     betas=groups[name]["betas"],
                     eps=groups[name]["eps"],
                     where=where,
+                    scale=scale,
                 )
         for name, (_, state) in results.items():
             self._state[name].update(state)

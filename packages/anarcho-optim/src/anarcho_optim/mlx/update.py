@@ -21,8 +21,16 @@ import mlx.core as mx
 
 from anarcho_optim.groups import Blocks
 from anarcho_optim.memory import mlx_batch_bytes
+from anarcho_optim.mlx import cuda
 from anarcho_optim.mlx.batching import Iteration, batches
-from anarcho_optim.mlx.newton_schulz import frobenius_norm, on_cuda, orthogonalize, reciprocal, resolve_ns_dtype
+from anarcho_optim.mlx.newton_schulz import (
+    frobenius_norm,
+    iterate,
+    on_cuda,
+    orthogonalize,
+    reciprocal,
+    resolve_ns_dtype,
+)
 from anarcho_optim.scaling import shape_scale
 
 Result = tuple[mx.array, dict[str, mx.array]]
@@ -45,6 +53,8 @@ class MuonInput:
     momentum: mx.array
     where: mx.array | None = None
     """A boolean scalar: if it is false, the result is what there was; ``lr`` must then be 0."""
+    scale: mx.array | None = None
+    """A float32 scalar that the gradient is multiplied by."""
 
 
 def muon_step(inputs: Sequence[MuonInput]) -> list[Result]:
@@ -61,6 +71,12 @@ def muon_step(inputs: Sequence[MuonInput]) -> list[Result]:
     results: dict[int, Result] = {}
     before: list[mx.array] = []
     for key, batch in batches([i.blocks for i in inputs], [i.options for i in inputs], limit_bytes=cap):
+        whole = [inputs[run.parameter] for run in batch]
+        if _has_kernels(whole, key):
+            stepped = _step_in_kernels(whole, key, before)
+            results |= dict(zip((run.parameter for run in batch), stepped, strict=True))
+            before = [weight for weight, _ in stepped]
+            continue
         for index in dict.fromkeys(run.parameter for run in batch if run.parameter not in started):
             started[index] = _start(inputs[index], before)
         factors = _orthogonalize_batch([started[r.parameter][1][r.block][r.start : r.stop] for r in batch], key)
@@ -76,17 +92,68 @@ def muon_step(inputs: Sequence[MuonInput]) -> list[Result]:
     return [results.get(i, (item.weight, dict(item.state))) for i, item in enumerate(inputs)]
 
 
+def _has_kernels(items: Sequence[MuonInput], key: Iteration) -> bool:
+    """Whether the kernels for CUDA take a batch: plain matrices of one group, whose updates are changed by nothing but the iteration."""
+    if not on_cuda() or key.frobenius:
+        return False
+    options = items[0].options
+    alone = all(item.blocks.count == len(item.blocks.sizes) == 1 and item.options is options for item in items)
+    if not alone or options["normuon"] or options["row_equilibration"]:
+        return False
+    return cuda.has_matrices([item.weight for item in items], [item.gradient for item in items])
+
+
+def _step_in_kernels(items: Sequence[MuonInput], key: Iteration, before: list[mx.array]) -> list[Result]:
+    """`muon_step` of one batch that has kernels, not earlier than ``before`` is evaluated."""
+    first, count = items[0], cuda.MAX_MATRICES
+    options = first.options
+    common: dict[str, Any] = {
+        "scale": mx.array(1.0) if first.scale is None else first.scale,
+        "rate": first.momentum,
+        "wanted": mx.array(True) if first.where is None else first.where,
+        "nesterov": options["nesterov"],
+    }
+    old = [item.state["momentum"] for item in items]
+    old = mx.depends(old, before) if before else old
+    momenta: list[mx.array] = []
+    updates: list[mx.array] = []
+    for start in range(0, len(items), count):
+        gradients = [item.gradient for item in items[start : start + count]]
+        advanced, norms = cuda.advance(old[start : start + count], gradients, **common)
+        momenta += advanced
+        dtype = resolve_ns_dtype(key.ns_dtype)
+        updates.append(cuda.stack(advanced, gradients, norms, safety=key.variant.safety, dtype=dtype, **common))
+    orthogonal = iterate(mx.concatenate(updates) if len(updates) > 1 else updates[0], variant=key.variant)
+    weights: list[mx.array] = []
+    for start in range(0, len(items), count):
+        weights += cuda.move(
+            [item.weight for item in items[start : start + count]],
+            orthogonal[start : start + count] if len(items) > count else orthogonal,
+            rate=first.lr,
+            weight_decay=first.weight_decay,
+            factor=shape_scale(options["adjust_lr_fn"], *key.shape),
+            cautious=options["cautious_weight_decay"],
+        )
+    return [(weight, {"momentum": momentum}) for weight, momentum in zip(weights, momenta, strict=True)]
+
+
 def _start(item: MuonInput, before: list[mx.array]) -> tuple[mx.array, list[mx.array]]:
     """The new momentum and the blocks of the update as (count, rows, columns) stacks, not earlier than ``before`` is evaluated."""
     # It is the momentum that waits: what the caller makes of the gradient, such as clipping it, is then part of the same kernel.
     old = mx.depends([item.state["momentum"]], before)[0] if before else item.state["momentum"]
-    gradient = item.gradient.astype(mx.float32)
+    gradient = _scaled(item.gradient, item.scale)
     if item.where is not None:  # a momentum is its own mean with itself
         gradient = mx.where(item.where, gradient, old)
     blocks = item.blocks
     momentum, update = advance_momentum(old, gradient, rate=item.momentum, nesterov=item.options["nesterov"])
     pieces = _split(update.reshape(blocks.count, blocks.rows, blocks.columns), blocks.sizes, blocks.split_dim + 1)
     return momentum, [equilibrate_rows(piece) for piece in pieces] if item.options["row_equilibration"] else pieces
+
+
+def _scaled(gradient: mx.array, scale: mx.array | None) -> mx.array:
+    """The gradient in float32, times ``scale``."""
+    gradient = gradient.astype(mx.float32)
+    return gradient if scale is None else gradient * scale
 
 
 def _orthogonalize_batch(stacks: Sequence[mx.array], key: Iteration) -> list[mx.array]:
@@ -201,14 +268,31 @@ def adamw_step(
     betas: tuple[float, float],
     eps: float,
     where: mx.array | None = None,
+    scale: mx.array | None = None,
 ) -> tuple[mx.array, dict[str, mx.array]]:
-    """The new weight and the new state of one parameter, as torch.optim.AdamW defines them.
+    """The new weight and the new state of one parameter, as torch.optim.AdamW defines them for ``scale`` times the gradient.
 
     ``state`` holds ``exp_avg`` and ``exp_avg_sq``, float32 of the weight's shape, and the 0-D float32 ``step``. Where the boolean scalar
     ``where`` is false, both stay as they are.
     """
-    w, g = weight.astype(mx.float32), gradient.astype(mx.float32)
     step = state["step"] + 1
+    if on_cuda() and cuda.has_adamw(weight, gradient):
+        new_weight, mean, mean_sq = cuda.adamw(
+            weight,
+            gradient,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            state["step"],
+            scale=mx.array(1.0) if scale is None else scale,
+            rate=lr,
+            weight_decay=weight_decay,
+            wanted=mx.array(True) if where is None else where,
+            betas=betas,
+            eps=eps,
+        )
+        step = step if where is None else mx.where(where, step, state["step"])
+        return new_weight, {"exp_avg": mean, "exp_avg_sq": mean_sq, "step": step}
+    w, g = weight.astype(mx.float32), _scaled(gradient, scale)
     mean = state["exp_avg"] + (1 - betas[0]) * (g - state["exp_avg"])
     mean_sq = betas[1] * state["exp_avg_sq"] + (1 - betas[1]) * mx.square(g)
     denominator = mx.sqrt(mean_sq) / mx.sqrt(_bias_correction(betas[1], step)) + eps
