@@ -33,8 +33,7 @@ from anarcho_model.layers.mlx_cuda import (
     has_lookup,
     lookup,
 )
-from anarcho_model.layers.mlx_norm import has_norm_gradients, norm_gradients, sum_norm, sum_norm_gradients
-from anarcho_model.layers.mlx_rotation import has_rotation_kernel, project_rotated, rotate_both
+from anarcho_model.layers.mlx_norm import has_norm_gradients, norm_gradients, sum_norm
 
 __all__ = [
     "AttentionContext",
@@ -109,15 +108,10 @@ class Linear(nn.Linear):
 
 def project_all(x: Float[mx.array, "*shape inputs"], *layers: nn.Module) -> list[Float[mx.array, "*shape outputs"]]:
     """What each layer makes of `x`; trained linear layers have one gradient for it together."""
-    if are_trained(*layers):
+    if all(type(layer) is Linear and not is_frozen(layer) for layer in layers):
         weights = (layer.weight.astype(x.dtype) for layer in layers)  # pyright: ignore[reportOptionalMemberAccess]
         return project(x, *weights)  # pyright: ignore[reportReturnType]
     return [layer(x) for layer in layers]  # pyright: ignore[reportCallIssue]
-
-
-def are_trained(*layers: nn.Module) -> bool:
-    """Whether all are linear layers whose own weights are trained."""
-    return all(type(layer) is Linear and not is_frozen(layer) for layer in layers)
 
 
 def is_frozen(layer: nn.Module) -> bool:
@@ -176,26 +170,27 @@ class RMSNorm(nn.Module):
         """`x + added` in the type of `x`, and the norm of that; `added` None means nothing."""
         if added is None:
             return x, self(x, dtype=dtype)
-        if has_norm_gradients(x.shape[-1], dtype) and added.dtype == dtype and x.dtype in (dtype, mx.float32):
-            total, _, normed = _sum_norm_on_cuda(self.eps)(x, added, self.weight.astype(dtype))
+        if x.dtype == added.dtype == dtype and has_norm_gradients(x.shape[-1], dtype):
+            total, normed = _sum_norm_on_cuda(self.eps)(x, added, self.weight.astype(dtype))
             return total, normed
         x = x + added
         return x, self(x, dtype=dtype)
 
 
 @functools.cache
-def _sum_norm_on_cuda(eps: float) -> Callable[[mx.array, mx.array, mx.array], tuple[mx.array, mx.array, mx.array]]:
+def _sum_norm_on_cuda(eps: float) -> Callable[[mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]:
     """`sum_norm`, and its gradient."""
 
     @mx.custom_function
-    def summed(x: mx.array, added: mx.array, weight: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    def summed(x: mx.array, added: mx.array, weight: mx.array) -> list[mx.array]:
         return sum_norm(x, added, weight, eps=eps)
 
     @summed.vjp
     def _(
         primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array]
     ) -> tuple[mx.array, mx.array, mx.array]:
-        return sum_norm_gradients(outputs[1], primals[2], cotangents[2], cotangents[0], eps=eps)
+        grad, grad_weight = norm_gradients(outputs[0], primals[2], cotangents[1], cotangents[0], eps=eps)
+        return grad, grad, grad_weight
 
     return summed  # pyright: ignore[reportReturnType]
 
@@ -420,29 +415,19 @@ class Attention(nn.Module):
         self, x: Float[mx.array, "batch length dim"], context: AttentionContext, cache: LayerCache | None
     ) -> Float[mx.array, "batch length dim"]:
         batch, length, _ = x.shape
-        q, k, v = (heads.transpose(0, 2, 1, 3) for heads in self._turned(x, context, in_table=cache is None))
+        q, k, v = project_all(x, self.q_proj, self.k_proj, self.v_proj)
+        q = q.reshape(batch, length, self.heads, self.head_size)
+        k = k.reshape(batch, length, self.kv_heads, self.head_size)
+        v = v.reshape(batch, length, self.kv_heads, self.head_size).transpose(0, 2, 1, 3)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q, dtype=x.dtype), self.k_norm(k, dtype=x.dtype)
+        q = context.rotation(q.transpose(0, 2, 1, 3))
+        k = context.rotation(k.transpose(0, 2, 1, 3))
         if cache is None:
             mixed = attend_in_training(q, k, v, mask=context.mask)
         else:
             mixed = attend(q, *cache.append(k, v, context), mask=context.mask)
         return self.o_proj(mixed.transpose(0, 2, 1, 3).reshape(batch, length, -1))
-
-    def _turned(
-        self, x: Float[mx.array, "batch length dim"], context: AttentionContext, *, in_table: bool
-    ) -> Sequence[Float[mx.array, "batch length _ head"]]:
-        """Queries, keys and values, the first two turned; `in_table` says whether a table of angles is worth its making."""
-        layers, rotation = (self.q_proj, self.k_proj, self.v_proj), context.rotation
-        in_table = in_table and has_rotation_kernel(self.head_size, x.dtype)
-        if in_table and self.q_norm is None and are_trained(*layers):
-            weights = (layer.weight.astype(x.dtype) for layer in layers)
-            return project_rotated(x, *weights, rotation.cos, rotation.sin)  # pyright: ignore[reportReturnType]
-        q, k, v = (heads.reshape(*x.shape[:2], -1, self.head_size) for heads in project_all(x, *layers))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q, dtype=x.dtype), self.k_norm(k, dtype=x.dtype)
-        if in_table:
-            return *rotate_both(q, k, rotation.cos, rotation.sin), v  # pyright: ignore[reportReturnType, reportGeneralTypeIssues]
-        q, k = (rotation(heads.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3) for heads in (q, k))
-        return q, k, v
 
 
 class SwiGLU(nn.Module):

@@ -1,7 +1,7 @@
-"""Kernels for what MLX 0.32 is slow at on a CUDA GPU: the gradients of the gated product and of logits, and a lookup of rows.
+"""Kernels for what MLX 0.32 is slow at on a CUDA GPU: the gradients of the gated product, and a lookup of rows.
 
-Notable: of the gated product's gradient, what two results share is computed once and never written down. Norms and rotations have modules
-of their own, `anarcho_model.layers.mlx_norm` and `anarcho_model.layers.mlx_rotation`.
+Notable: of the gated product's gradient, what two results share is computed once and never written down. Norms have a module of their own,
+`anarcho_model.layers.mlx_norm`.
 
 Numbers are read and written 16 bytes at a time, computed in float32, and rounded once. Elsewhere than on CUDA none of this is used.
 """
@@ -18,9 +18,7 @@ from jaxtyping import Float, Int
 __all__ = [
     "gated_gradients",
     "has_gated_gradients",
-    "has_logit_gradients",
     "has_lookup",
-    "logit_gradients",
     "lookup",
 ]
 
@@ -56,31 +54,6 @@ for (int i = 0; i < 8; ++i) {
 *reinterpret_cast<uint4*>(grad_gate + start) = grad_gates.bits;
 *reinterpret_cast<uint4*>(grad_up + start) = grad_ups.bits;
 *reinterpret_cast<uint4*>(product + start) = products.bits;
-"""
-)
-
-LOGITS = (
-    EIGHT
-    + """
-constexpr int BLOCKS = (VOCABULARY + 16 * THREADS - 1) / (16 * THREADS);
-const int row = blockIdx.x / BLOCKS;
-const float normaliser = normalisers[row], grad = cotangent[row];
-const int target = targets[row];
-#pragma unroll
-for (int part = 0; part < 2; ++part) {
-    const int column = ((blockIdx.x % BLOCKS * 2 + part) * THREADS + threadIdx.x) * 8;
-    if (column < VOCABULARY) {
-        const size_t place = static_cast<size_t>(row) * VOCABULARY + column;
-        Eight numbers;
-        numbers.bits = *reinterpret_cast<const uint4*>(logits + place);
-        #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            const float probability = __expf(float(numbers.values[i]) - normaliser);
-            numbers.values[i] = T(((column + i == target ? 1.0f : 0.0f) - probability) * grad);
-        }
-        *reinterpret_cast<uint4*>(grad_logits + place) = numbers.bits;
-    }
-}
 """
 )
 
@@ -126,29 +99,6 @@ def gated_gradients(
     return [result.reshape(gate.shape) for result in results]
 
 
-def has_logit_gradients(logits: Float[mx.array, "tokens vocab"]) -> bool:
-    """Whether `logit_gradients` takes logits of this size and type."""
-    return logits.shape[1] % VECTOR == 0 and logits.size < 2**33 and on_cuda(logits.dtype)
-
-
-def logit_gradients(
-    logits: Float[mx.array, "tokens vocab"],
-    targets: Int[mx.array, " tokens"],
-    normalisers: Float[mx.array, " tokens"],
-    cotangent: Float[mx.array, " tokens"],
-) -> Float[mx.array, "tokens vocab"]:
-    """Of `logits[targets] - normalisers`, the latter being the logarithm of the sum of exponentials, the gradient for the logits."""
-    tokens, vocabulary = logits.shape
-    return _kernel("logit_gradients")(
-        inputs=[logits, targets, normalisers, cotangent],
-        template=[("T", logits.dtype), ("VOCABULARY", vocabulary), ("THREADS", THREADS)],
-        grid=(tokens * -(-vocabulary // (2 * VECTOR * THREADS)) * THREADS, 1, 1),
-        threadgroup=(THREADS, 1, 1),
-        output_shapes=[logits.shape],
-        output_dtypes=[logits.dtype],
-    )[0]
-
-
 def has_lookup(table: Float[mx.array, "vocab size"], dtype: mx.Dtype) -> bool:
     """Whether `lookup` takes a table of this size and type."""
     on_gpu = mx.default_device() == mx.gpu and mx.cuda.is_available()
@@ -174,7 +124,6 @@ def lookup(
 def _kernel(name: str) -> Callable[..., list[Any]]:
     inputs, outputs, source = {
         "gated_gradients": (["gate", "up", "cotangent"], ["grad_gate", "grad_up", "product"], GATED),
-        "logit_gradients": (["logits", "targets", "normalisers", "cotangent"], ["grad_logits"], LOGITS),
         "lookup": (["table", "tokens"], ["found"], LOOKUP),
     }[name]
     kernel: Any = mx.fast.cuda_kernel(name=f"anarcho_{name}", input_names=inputs, output_names=outputs, source=source)

@@ -19,7 +19,7 @@ from jaxtyping import Float
 
 from anarcho_model.layers.mlx_cuda import EIGHT, THREADS, VECTOR, on_cuda
 
-__all__ = ["has_norm_gradients", "norm_gradients", "sum_norm", "sum_norm_gradients"]
+__all__ = ["has_norm_gradients", "norm_gradients", "sum_norm"]
 
 NORM_BLOCKS = 512
 """Blocks of threads that share a norm's rows: about four for each multiprocessor of an H100."""
@@ -81,12 +81,9 @@ for (int first = blockIdx.x * ROWS; first < rows; first += gridDim.x * ROWS) {
         for (int i = 0; i < 8; ++i) {
             const float value = float(inputs[part].values[i]), grad = float(grads[part].values[i]);
             totals[part][i] += grad * value * scale;
-            float total = scale * (grad * float(gains[part].values[i]) - value * share);
-            ADD_OTHER
-            result.values[i] = T(total);
+            result.values[i] = T(scale * (grad * float(gains[part].values[i]) - value * share) ADD_OTHER);
         }
         if (inside) *reinterpret_cast<uint4*>(grad_x + start + column) = result.bits;
-        WRITE_WIDE
     }
 }
 #pragma unroll
@@ -105,13 +102,8 @@ for (int column = threadIdx.x; column < SIZE; column += THREADS) {
 """
 )
 
-STREAM = """
-struct alignas(16) Stream { S values[8]; };
-"""
-
 SUM_NORM = (
     EIGHT
-    + STREAM
     + """
 constexpr int ROWS = THREADS / LANES;
 const int lane = threadIdx.x % LANES, row = blockIdx.x * ROWS + threadIdx.x / LANES;
@@ -122,18 +114,16 @@ float squares = 0;
 for (int part = 0; part < PARTS; ++part) {
     const int column = (part * LANES + lane) * 8;
     if (row < x_shape[0] && column < SIZE) {
-        Stream numbers = *reinterpret_cast<const Stream*>(x + start + column);
         Eight more;
+        inputs[part].bits = *reinterpret_cast<const uint4*>(x + start + column);
         more.bits = *reinterpret_cast<const uint4*>(added + start + column);
         #pragma unroll
         for (int i = 0; i < 8; ++i) {
-            numbers.values[i] = S(float(numbers.values[i]) + float(more.values[i]));
-            inputs[part].values[i] = T(float(numbers.values[i]));
+            inputs[part].values[i] = T(float(inputs[part].values[i]) + float(more.values[i]));
             const float value = float(inputs[part].values[i]);
             squares += value * value;
         }
-        *reinterpret_cast<Stream*>(sum + start + column) = numbers;
-        WRITE_ROUNDED
+        *reinterpret_cast<uint4*>(sum + start + column) = inputs[part].bits;
     }
 }
 #pragma unroll
@@ -165,48 +155,48 @@ def norm_gradients(
     x: Float[mx.array, "*shape size"],
     weight: Float[mx.array, " size"],
     cotangent: Float[mx.array, "*shape size"],
+    other: Float[mx.array, "*shape size"] | None = None,
     *,
     eps: float,
 ) -> tuple[Float[mx.array, "*shape size"], Float[mx.array, " size"]]:
-    """The gradients of `mx.fast.rms_norm` for `x` and `weight`, which all have one type."""
-    (grad_x,), grad_weight = _norm_gradients("norm_gradients", [x, weight, cotangent], [x.dtype], eps=eps)
-    return grad_x, grad_weight
-
-
-def sum_norm_gradients(
-    x: Float[mx.array, "*shape size"],
-    weight: Float[mx.array, " size"],
-    cotangent: Float[mx.array, "*shape size"],
-    other: Float[mx.array, "*shape size"],
-    *,
-    eps: float,
-) -> tuple[Float[mx.array, "*shape size"], Float[mx.array, "*shape size"], Float[mx.array, " size"]]:
-    """The gradients of `mx.fast.rms_norm` of a sum `x`, whose own gradient is `other`: for the sum, in the types of `other` and of `x`."""
-    types = [x.dtype] if x.dtype == other.dtype else [x.dtype, other.dtype]
-    name = f"sum_norm_gradients_{len(types)}"
-    grads, grad_weight = _norm_gradients(name, [x, weight, cotangent, other], types, eps=eps, S=other.dtype)
-    return grads[-1], grads[0], grad_weight
-
-
-def _norm_gradients(
-    name: str, inputs: list[mx.array], types: list[mx.Dtype], *, eps: float, **template: mx.Dtype
-) -> tuple[list[mx.array], mx.array]:
-    x, weight = inputs[:2]
+    """The gradients of `mx.fast.rms_norm` for `x` and `weight`, which all have one type; `other` is added to the first."""
     size = x.shape[-1]
     threads = THREADS
     while threads // _lanes(size) * size * 4 > NORM_SHARED_BYTES:
         threads //= 2
-    rows = [array if array.ndim == 1 else array.reshape(-1, size) for array in inputs]
-    blocks = min(NORM_BLOCKS, -(-len(rows[0]) // (threads // _lanes(size))))
-    *grads, sums = _kernel(name)(
-        inputs=[*rows, mx.array([eps])],
-        template=[("T", x.dtype), *template.items(), *_row_sizes(size, threads).items()],
+    rows = x.reshape(-1, size)
+    blocks = min(NORM_BLOCKS, -(-len(rows) // (threads // _lanes(size))))
+    others = [] if other is None else [other.reshape(-1, size)]
+    grad_x, sums = _kernel("norm_gradients" if other is None else "sum_norm_gradients")(
+        inputs=[rows, weight, cotangent.reshape(-1, size), *others, mx.array([eps])],
+        template=[("T", x.dtype), *_row_sizes(size, threads).items()],
         grid=(blocks * threads, 1, 1),
         threadgroup=(threads, 1, 1),
-        output_shapes=[*(rows[0].shape for _ in types), (blocks, size)],
-        output_dtypes=[*types, mx.float32],
+        output_shapes=[rows.shape, (blocks, size)],
+        output_dtypes=[x.dtype, mx.float32],
     )
-    return [grad.reshape(x.shape) for grad in grads], sums.sum(axis=0).astype(weight.dtype)
+    return grad_x.reshape(x.shape), sums.sum(axis=0).astype(weight.dtype)
+
+
+def sum_norm(
+    x: Float[mx.array, "*shape size"],
+    added: Float[mx.array, "*shape size"],
+    weight: Float[mx.array, " size"],
+    *,
+    eps: float,
+) -> list[Float[mx.array, "*shape size"]]:
+    """`x + added` and the `mx.fast.rms_norm` of that, all of one type."""
+    size = x.shape[-1]
+    rows = x.reshape(-1, size)
+    found = _kernel("sum_norm")(
+        inputs=[rows, added.reshape(-1, size), weight, mx.array([eps])],
+        template=[("T", x.dtype), *_row_sizes(size, THREADS).items()],
+        grid=(-(-len(rows) // (THREADS // _lanes(size))) * THREADS, 1, 1),
+        threadgroup=(THREADS, 1, 1),
+        output_shapes=[rows.shape] * 2,
+        output_dtypes=[x.dtype] * 2,
+    )
+    return [array.reshape(x.shape) for array in found]
 
 
 def _lanes(size: int) -> int:
@@ -218,51 +208,16 @@ def _row_sizes(size: int, threads: int) -> dict[str, int]:
     return {"SIZE": size, "LANES": _lanes(size), "PARTS": -(-size // (VECTOR * _lanes(size))), "THREADS": threads}
 
 
-def sum_norm(
-    x: Float[mx.array, "*shape size"],
-    added: Float[mx.array, "*shape size"],
-    weight: Float[mx.array, " size"],
-    *,
-    eps: float,
-) -> tuple[Float[mx.array, "*shape size"], Float[mx.array, "*shape size"], Float[mx.array, "*shape size"]]:
-    """`x + added` in the type of `x`, the same in that of `added`, and the `mx.fast.rms_norm` of the latter."""
-    size = x.shape[-1]
-    types = [added.dtype] if x.dtype == added.dtype else [added.dtype, added.dtype]
-    flat = x.reshape(-1, size)
-    total, *others = _kernel(f"sum_norm_{len(types)}")(
-        inputs=[flat, added.reshape(-1, size), weight, mx.array([eps])],
-        template=[("T", added.dtype), ("S", x.dtype), *_row_sizes(size, THREADS).items()],
-        grid=(-(-len(flat) // (THREADS // _lanes(size))) * THREADS, 1, 1),
-        threadgroup=(THREADS, 1, 1),
-        output_shapes=[flat.shape] * (1 + len(types)),
-        output_dtypes=[x.dtype, *types],
-    )
-    total, *others = (array.reshape(x.shape) for array in (total, *others))
-    return total, others[-2] if len(others) > 1 else total, others[-1]
-
-
-NORM_INPUTS = ["x", "weight", "cotangent"]
-SUM_INPUTS = ["x", "added", "weight"]
-READ_OTHER = """Stream others = {};
-        if (inside) others = *reinterpret_cast<const Stream*>(other + start + column);"""
-ADD_OTHER = "total += float(others.values[i]); others.values[i] = S(total);"
-WRITE_WIDE = "if (inside) *reinterpret_cast<Stream*>(grad_sum + start + column) = others;"
-WRITE_ROUNDED = "*reinterpret_cast<uint4*>(rounded + start + column) = inputs[part].bits;"
-
-
 @functools.cache
 def _kernel(name: str) -> Callable[..., list[Any]]:
-    """The kernel of a name, which for a sum ends in the number of types that are written down of it."""
     inputs, outputs, source = {
-        "norm_gradients": (NORM_INPUTS, ["grad_x", "grad_weight"], _norm()),
-        "sum_norm_gradients_1": ([*NORM_INPUTS, "other"], ["grad_x", "grad_weight"], _norm(READ_OTHER, ADD_OTHER)),
-        "sum_norm_gradients_2": (
-            [*NORM_INPUTS, "other"],
-            ["grad_x", "grad_sum", "grad_weight"],
-            _norm(READ_OTHER, ADD_OTHER, WRITE_WIDE),
+        "norm_gradients": (["x", "weight", "cotangent"], ["grad_x", "grad_weight"], _norm("", "")),
+        "sum_norm_gradients": (
+            ["x", "weight", "cotangent", "other"],
+            ["grad_x", "grad_weight"],
+            _norm(READ_OTHER, "+ float(others.values[i])"),
         ),
-        "sum_norm_1": (SUM_INPUTS, ["sum", "normed"], SUM_NORM.replace("WRITE_ROUNDED", "")),
-        "sum_norm_2": (SUM_INPUTS, ["sum", "rounded", "normed"], SUM_NORM.replace("WRITE_ROUNDED", WRITE_ROUNDED)),
+        "sum_norm": (["x", "added", "weight"], ["sum", "normed"], SUM_NORM),
     }[name]
     kernel: Any = mx.fast.cuda_kernel(
         name=f"anarcho_{name}", input_names=[*inputs, "eps"], output_names=outputs, source=source
@@ -270,8 +225,9 @@ def _kernel(name: str) -> Callable[..., list[Any]]:
     return kernel
 
 
-def _norm(read_other: str = "", add_other: str = "", write_wide: str = "") -> str:
-    source = NORM if not read_other else STREAM + NORM
-    for place, code in {"READ_OTHER": read_other, "ADD_OTHER": add_other, "WRITE_WIDE": write_wide}.items():
-        source = source.replace(place, code)
-    return source
+READ_OTHER = """Eight others = zero;
+        if (inside) others.bits = *reinterpret_cast<const uint4*>(other + start + column);"""
+
+
+def _norm(read_other: str, add_other: str) -> str:
+    return NORM.replace("READ_OTHER", read_other).replace("ADD_OTHER", add_other)

@@ -20,7 +20,6 @@ from collections.abc import Sequence
 import mlx.core as mx
 from jaxtyping import Float, Int
 
-from anarcho_model.layers.mlx_cuda import has_logit_gradients, logit_gradients
 from anarcho_model.logprobs.chunks import chunk_tokens
 
 __all__ = ["chunked_logprobs"]
@@ -99,6 +98,7 @@ def _backward(
     frozen: bool,
 ) -> tuple[mx.array, mx.array]:
     """Gradients of the hidden states, in the compute dtype, and of the weights, in float32; zeros for `frozen` ones."""
+    ids = mx.arange(weight.shape[0], dtype=targets.dtype)
     grad_weight = mx.zeros(weight.shape, dtype=mx.float32)
     grad_hidden: list[mx.array] = []
     before = [grad_output]
@@ -106,7 +106,10 @@ def _backward(
         rows = slice(start, start + starts.step)
         part = mx.depends(hidden[rows], before)
         logits = part @ weight.T if grad_hidden else mx.depends(last_logits, before)
-        grad_logits = _grad_logits(logits, targets[rows], normalisers[rows], grad_output[rows])
+        # MLX's compiler writes the gradient where the logits were, which a kernel of our own could not.
+        probabilities = mx.exp(logits.astype(mx.float32) - normalisers[rows, None])
+        hits = (ids == targets[rows, None]).astype(mx.float32)
+        grad_logits = ((hits - probabilities) * grad_output[rows, None]).astype(weight.dtype)
         grad_hidden.append(grad_logits @ weight)
         before = [grad_hidden[-1]]
         if not frozen:
@@ -114,12 +117,3 @@ def _backward(
             grad_weight = grad_weight + added if len(grad_hidden) > 1 else added
             before.append(grad_weight)
     return mx.concatenate(grad_hidden[::-1]), grad_weight
-
-
-def _grad_logits(logits: mx.array, targets: mx.array, normalisers: mx.array, grad_output: mx.array) -> mx.array:
-    """The gradient of `grad_output` times the log-probabilities, in the type of the logits."""
-    if has_logit_gradients(logits):
-        return logit_gradients(logits, targets, normalisers, grad_output)
-    probabilities = mx.exp(logits.astype(mx.float32) - normalisers[:, None])
-    hits = (mx.arange(logits.shape[1], dtype=targets.dtype) == targets[:, None]).astype(mx.float32)
-    return ((hits - probabilities) * grad_output[:, None]).astype(logits.dtype)
