@@ -6,6 +6,7 @@ import pytest
 
 mx = pytest.importorskip("mlx.core")
 import mlx.nn as nn  # noqa: E402
+from anarcho_model.layers import mlx as layers  # noqa: E402
 from anarcho_model.layers import mlx_cuda, mlx_norm  # noqa: E402
 
 needs_cuda = pytest.mark.skipif(
@@ -54,6 +55,48 @@ def test_the_gradients_of_the_gated_product_are_those_of_float32(shape, dtype):
         assert relative_error(array, exact) < TOLERANCE[dtype]
 
 
+@needs_cuda
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", [(4, 1024, 768), (3, 7, 768), (5, 33, 2048), (2, 3, 40)], ids=str)
+def test_a_residual_sum_with_its_norm_and_their_gradients_are_those_of_float32(shape, dtype):
+    def plain(x, added, weight):
+        return x + added, mx.fast.rms_norm(x + added, weight, 1e-5)
+
+    norm = layers.RMSNorm(shape[-1], eps=1e-5)
+
+    def ours(x, added, weight):
+        norm.weight = weight
+        return norm.of_sum(x, added, dtype=dtype)
+
+    arrays = [draw(shape, dtype), draw(shape, dtype), 1 + draw(shape[-1:], dtype) / 4]
+    cotangents = [draw(shape, dtype), draw(shape, dtype)]
+    expected = mx.vjp(plain, wide(*arrays), wide(*cotangents))
+    found = mx.vjp(ours, arrays, cotangents)
+    for array, exact in zip([*found[0], *found[1]], [*expected[0], *expected[1]], strict=True):
+        assert array.dtype == dtype
+        assert relative_error(array, exact) < TOLERANCE[dtype]
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", [None, *TOLERANCE], ids=str)
+def test_rows_of_an_embedding_are_its_own_and_so_are_their_gradients(dtype):
+    table, tokens = mx.random.normal((50, 48)), mx.array([[3, 49, 3], [0, 7, 8]])
+    assert mlx_cuda.has_lookup(table, dtype or mx.float32)
+    embedding = nn.Embedding(50, 48)
+
+    def rows(table):
+        embedding.weight = table
+        return layers.embed(embedding, tokens, dtype=dtype)
+
+    expected = table[tokens].astype(dtype or mx.float32)
+    cotangent = mx.random.normal(expected.shape).astype(expected.dtype)
+    (found,), (gradient,) = mx.vjp(rows, [table], [cotangent])
+    assert found.dtype == expected.dtype
+    assert mx.array_equal(found, expected)
+    (exact,) = mx.vjp(lambda table: table[tokens], [table], [cotangent.astype(mx.float32)])[1]
+    assert mx.allclose(gradient, exact, rtol=1e-6)
+
+
 def test_other_types_and_sizes_are_left_to_mlx(monkeypatch):
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
     monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
@@ -63,5 +106,9 @@ def test_other_types_and_sizes_are_left_to_mlx(monkeypatch):
     assert not mlx_norm.has_norm_gradients(4096, mx.bfloat16)
     assert mlx_cuda.has_gated_gradients(mx.zeros((2, 16), mx.float16))
     assert not mlx_cuda.has_gated_gradients(mx.zeros((2, 12), mx.float16))
+    assert mlx_cuda.has_lookup(mx.zeros((3, 16)), mx.bfloat16)
+    assert not mlx_cuda.has_lookup(mx.zeros((3, 12)), mx.bfloat16)
+    assert not mlx_cuda.has_lookup(mx.zeros((3, 16), mx.bfloat16), mx.bfloat16)
     monkeypatch.setattr(mx, "default_device", lambda: mx.cpu)
     assert not mlx_norm.has_norm_gradients(768, mx.bfloat16)
+    assert not mlx_cuda.has_lookup(mx.zeros((3, 16)), mx.bfloat16)
