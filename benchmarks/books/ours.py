@@ -73,7 +73,7 @@ class OwnModels:
             model.init_weights(seed=job.seed, init=job.init)
             for name, parameter in model.named_parameters():
                 if parameter.ndim == 1:
-                    parameter.fill_(_find(job.gains, name, 1.0))
+                    parameter.fill_(_find(job.gains, name, job.init.gain(name)))
                 else:
                     parameter.mul_(_find(job.scales, name, 1.0))
             self._first = key, [p.detach().clone() for p in model.parameters()]

@@ -7,7 +7,7 @@ import warnings
 import jaxtyping
 import pytest
 import torch
-from anarcho_model import InitConfig, ModelConfig
+from anarcho_model import ConfigError, InitConfig, ModelConfig
 from anarcho_model.layers.torch import attend
 from anarcho_model.torch import GPT, ContextError, KVCache
 
@@ -148,6 +148,16 @@ def test_an_initialisation_option_leaves_the_draws_of_the_other_tensors_alone():
             assert abs(b.std() / expected - 1) < 0.05
         elif a.dim() == 2:
             torch.testing.assert_close(b, a * (5 if "embed" in name else 0.5))
+
+
+def test_the_gains_of_qk_norm_may_start_elsewhere():
+    model = GPT(ModelConfig(vocab_size=50, context_length=8, num_layers=2, dim=64, num_heads=2, qk_norm=True))
+    model.init_weights(seed=7, init=InitConfig(qk_norm_gain=1.4))
+    for name, gain in model.named_parameters():
+        if gain.dim() == 1:
+            assert (gain == (1.4 if name.endswith(("q_norm.weight", "k_norm.weight")) else 1)).all(), name
+    with pytest.raises(ConfigError, match=r"init\.qk_norm_gain is -1, expected a finite number of at least 0"):
+        InitConfig(qk_norm_gain=-1)
 
 
 @pytest.mark.usefixtures("unchecked_shapes")

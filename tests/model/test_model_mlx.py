@@ -268,6 +268,15 @@ def test_initial_weights_depend_on_the_seed_alone_and_follow_the_table():
             assert mx.allclose(changed.named_parameters()[name], array * factor, rtol=1e-5)
 
 
+def test_the_gains_of_qk_norm_may_start_elsewhere():
+    model = GPT(ModelConfig(vocab_size=50, context_length=8, num_layers=2, dim=64, num_heads=2, qk_norm=True))
+    model.init_weights(seed=7, init=InitConfig(qk_norm_gain=1.4))
+    for name, gain in model.named_parameters().items():
+        if gain.ndim == 1:
+            expected = 1.4 if name.endswith(("q_norm.weight", "k_norm.weight")) else 1.0
+            assert mx.allclose(gain, mx.array(expected)), name
+
+
 def test_backward_keeps_of_each_layer_what_its_formulas_need_and_no_more(monkeypatch):
     """In widths of the stream: two stream states, two norms, q, k, v, the mixed values, and gate and up of four each."""
     length, dim = 256, 32

@@ -246,12 +246,18 @@ class InitConfig:
     zero_residual_outputs: bool = True
     """Whether `o_proj` and `down_proj` start at zero, so that every block starts as the identity; otherwise their
     standard deviation is divided by `sqrt(2 * num_layers)`, as in GPT-2."""
+    qk_norm_gain: float = 1.0
+    """What the gains of QK-norm start at; the logits of attention are proportional to its square."""
 
     def __post_init__(self) -> None:
-        for name in ("embedding_std", "head_std", "linear_scale"):
+        for name in ("embedding_std", "head_std", "linear_scale", "qk_norm_gain"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
                 raise ConfigError(f"init.{name} is {value!r}, expected a finite number of at least 0.")
+
+    def gain(self, name: str) -> float:
+        """First value of a norm's gain, by its name in the file."""
+        return self.qk_norm_gain if name.endswith(("q_norm.weight", "k_norm.weight")) else 1.0
 
     def std(self, name: str, shape: Sequence[int], *, num_layers: int) -> float:
         """Standard deviation of a matrix, by its name in the file and its shape, (outputs, inputs)."""

@@ -167,7 +167,7 @@ class GPT(nn.Module):
 
         | tensor | value |
         |---|---|
-        | norms | 1 |
+        | norms | 1; QK-norm `init.qk_norm_gain` |
         | embedding | normal, `init.embedding_std` |
         | untied output layer | normal, `init.head_std` |
         | q, k, v, gate, up | normal, `init.linear_scale / sqrt(inputs)` |
@@ -177,7 +177,7 @@ class GPT(nn.Module):
         drawn = []
         for name, parameter in self.named_parameters().items():
             if parameter.ndim == 1:
-                drawn.append((name, mx.ones_like(parameter)))
+                drawn.append((name, mx.full(parameter.shape, init.gain(name), dtype=parameter.dtype)))
                 continue
             std = init.std(name, parameter.shape, num_layers=self.config.num_layers)
             draw = standard_normal(parameter.shape, seed=seed, name=name)

@@ -133,7 +133,7 @@ class GPT(nn.Module):
 
         | tensor | value |
         |---|---|
-        | norms | 1 |
+        | norms | 1; QK-norm `init.qk_norm_gain` |
         | embedding | normal, `init.embedding_std` |
         | untied output layer | normal, `init.head_std` |
         | q, k, v, gate, up | normal, `init.linear_scale / sqrt(inputs)` |
@@ -142,7 +142,7 @@ class GPT(nn.Module):
         init = InitConfig() if init is None else init
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
-                parameter.fill_(1.0)
+                parameter.fill_(init.gain(name))
                 continue
             digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
             generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)

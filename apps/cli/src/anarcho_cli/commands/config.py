@@ -60,12 +60,17 @@ def presets(
     for preset in preset_names():
         config = resolve(preset=preset)
         parameters, purpose = config.model.num_parameters, _purpose(preset_text(preset))
-        rows.append({"name": preset, "parameters": parameters, "tokens": config.total_tokens, "purpose": purpose})
+        tokens = None if config.train.epochs else config.total_tokens  # else it depends on the text
+        rows.append({"name": preset, "parameters": parameters, "tokens": tokens, "purpose": purpose})
     rows.sort(key=lambda row: row["parameters"])
     if json:
         print_json(rows)
         return
-    cells = [(row["name"], count_text(row["parameters"]), count_text(row["tokens"]), row["purpose"]) for row in rows]
+    texts = ["all" if row["tokens"] is None else count_text(row["tokens"]) for row in rows]
+    cells = [
+        (row["name"], count_text(row["parameters"]), tokens, row["purpose"])
+        for row, tokens in zip(rows, texts, strict=True)
+    ]
     print_table(["preset", "#parameters", "#tokens", "purpose"], cells)
 
 
