@@ -1,8 +1,8 @@
 """`--profile`: what a few steps and a checkpoint spend their time on, recorded by the framework's own profiler.
 
 Notable: the first steps compile and fill caches, so those after them are recorded. PyTorch's trace is Chrome's format, for Perfetto
-(ui.perfetto.dev) or chrome://tracing, with the ranges data, forward, backward, optimizer, validation and checkpoint; a table beside it
-sums up the operations. MLX has a capture of Metal's, for Xcode, and nothing where there is no Metal.
+(ui.perfetto.dev) or chrome://tracing, with the ranges data, forward, backward (one range where they are CUDA graphs), optimizer, validation
+and checkpoint; a table beside it sums up the operations. MLX has a capture of Metal's, for Xcode, and nothing where there is no Metal.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ PROFILE = "profile"
 """The folder of a run for what was recorded."""
 
 SKIPPED_STEPS = 2
+CUDA_SKIPPED_STEPS = 4
+"""The fourth step may make CUDA graphs of its passes."""
 RECORDED_STEPS = 3
 TABLE_ROWS = 30
 
@@ -104,6 +106,7 @@ class TorchProfile:
 
     def __init__(self, directory: Path, *, device: str) -> None:
         self._directory, self._device = directory, device
+        self._skipped = CUDA_SKIPPED_STEPS if device == "cuda" else SKIPPED_STEPS
         self._step = self._first = 0
         self._steps: Any = None
         self._recorded = self._saved = False
@@ -114,9 +117,9 @@ class TorchProfile:
     def finish_step(self) -> None:
         self._step += 1
         done = self._step - self._first
-        if done == SKIPPED_STEPS and not self._recorded:
+        if done == self._skipped and not self._recorded:
             self._steps = self._start()
-        elif self._steps is not None and done == SKIPPED_STEPS + RECORDED_STEPS:
+        elif self._steps is not None and done == self._skipped + RECORDED_STEPS:
             self._write_steps()
 
     @contextmanager
@@ -134,10 +137,10 @@ class TorchProfile:
                 self._stop(profile, f"checkpoint-{self._step}")
 
     def close(self) -> None:
-        if self._steps is not None and self._step > self._first + SKIPPED_STEPS:
+        if self._steps is not None and self._step > self._first + self._skipped:
             self._write_steps()
         elif self._steps is not None or not self._recorded:
-            note(f"the run ended before the steps that --profile records, which come after the first {SKIPPED_STEPS}")
+            note(f"the run ended before the steps that --profile records, which come after the first {self._skipped}")
 
     def _start(self) -> Any:
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # Its library says on standard error that there is no GPU.
@@ -150,7 +153,7 @@ class TorchProfile:
 
     def _write_steps(self) -> None:
         profile, self._steps, self._recorded = self._steps, None, True
-        self._stop(profile, f"steps-{self._first + SKIPPED_STEPS + 1}-to-{self._step}")
+        self._stop(profile, f"steps-{self._first + self._skipped + 1}-to-{self._step}")
 
     def _stop(self, profile: Any, name: str) -> None:
         """Writes the trace under its name when it is whole, and the table beside it."""

@@ -463,7 +463,9 @@ class TorchStep:
         found, first_row = [], share.first_row
         for number, batch in enumerate(micro_batches):
             arrays = self._arrays(batch, self._drawn(batch, schedule, first_row))
-            sums = self._recordings.run((kind, number > 0, shape_of(arrays)), arrays | {"scale": np.array(scale)}, work)
+            key = kind, number > 0, shape_of(arrays)
+            with record_function("forward and backward"):
+                sums = self._recordings.run(key, arrays | {"scale": np.array(scale)}, work)
             if sums is None:
                 return None
             found.append(_Sums(sums.names, sums.values.clone()))
