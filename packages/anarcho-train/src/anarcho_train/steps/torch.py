@@ -369,7 +369,7 @@ class TorchStep:
 
         def rows() -> np.ndarray:
             with self._without_update():
-                logprobs = self._forward(self._logprobs, self._tensors(self._arrays(batch, self._neutral(batch))))
+                logprobs = self._forward(self._logprobs, self._tensors(_arguments(batch, self._neutral(batch))))
             return answer_logprobs(logprobs.detach(), self._tensor(batch.weights)).cpu().numpy()
 
         return self._guarded(rows)
@@ -522,13 +522,7 @@ class TorchStep:
         """What a pass over the batch reads: the model's arguments, and what the loss reads, marked as such."""
         # What the batch lacks is to be found before the model has worked on it.
         of_loss = {LOSS + name: array for name, array in self._loss.arrays(batch).items()}
-        of_model = {
-            "tokens": batch.tokens,
-            "targets": batch.targets,
-            "positions": batch.positions,
-            "segments": batch.segments,
-        }
-        return {name: array for name, array in of_model.items() if array is not None} | dict(draws) | of_loss
+        return _arguments(batch, draws) | of_loss
 
     def _tensors(self, arrays: Arrays) -> Tensors:
         return {name: self._tensor(array) for name, array in arrays.items()}
@@ -575,6 +569,17 @@ class TorchStep:
         self._recordings.forget()
         self._parts.leave_compilation()
         self._logprobs = self.model.token_logprobs  # type: ignore[assignment]
+
+
+def _arguments(batch: Batch, draws: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What the model reads."""
+    arrays = {
+        "tokens": batch.tokens,
+        "targets": batch.targets,
+        "positions": batch.positions,
+        "segments": batch.segments,
+    }
+    return {name: array for name, array in arrays.items() if array is not None} | dict(draws)
 
 
 def _allows_update(loss: Tensor, weight: float, schedule: StepSchedule) -> Tensor:
