@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,9 @@ def test_training_goes_on_while_one_copy_is_written_and_the_next_checkpoint_wait
 
     def trained(micro_batches: Any, *, schedule: StepSchedule) -> Any:
         if schedule.number == 5:
+            until = time.monotonic() + 30  # A thread may begin late on a busy machine.
+            while not begun and time.monotonic() < until:
+                time.sleep(0.01)
             assert begun == [3], "the first copy is still being written two steps later"
             assert not run.store.path(3).exists()
             assert not run.sink.of("checkpoint"), "it is no checkpoint before it is on the disk"

