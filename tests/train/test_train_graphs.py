@@ -47,6 +47,7 @@ class Repeated(Recordings):
                 old.copy_(was)
 
         def replay() -> None:
+            now = [p.grad for p in parameters]
             for parameter, old in zip(parameters, before, strict=True):
                 parameter.grad = old
             again = work(dict(inputs))
@@ -55,6 +56,8 @@ class Repeated(Recordings):
             for place, parameter in zip(places, parameters, strict=True):
                 if place is not None and place is not parameter.grad:
                     place.copy_(parameter.grad)
+            for parameter, gradient in zip(parameters, now, strict=True):  # which a graph does not know of
+                parameter.grad = gradient
 
         return replay, output
 
@@ -194,7 +197,9 @@ def test_memory_that_runs_out_is_tried_again_without_recordings():
     assert len(kept) == 0
 
 
-def test_auto_records_what_the_host_slows_down(monkeypatch):
+def use_events(monkeypatch: pytest.MonkeyPatch, *, milliseconds: float) -> None:
+    """The device takes so long for each pass."""
+
     class Event:
         def __init__(self, enable_timing: bool) -> None:
             assert enable_timing
@@ -205,17 +210,64 @@ def test_auto_records_what_the_host_slows_down(monkeypatch):
             return True
 
         def elapsed_time(self, end: Event) -> float:
-            return 1e-6 if host_bound else 1e6
+            return milliseconds
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    model = nn.Linear(2, 2)
-    for host_bound in (True, False):
-        found = Recordings(model, choice="auto", notify=print)
-        for _ in range(WARM):
-            assert not found.wants("kind")
-            with found.watched("kind"):
+
+
+@pytest.mark.parametrize(("milliseconds", "host_bound"), [(1e-6, True), (1e6, False)])
+def test_auto_records_what_the_host_slows_down(monkeypatch, milliseconds, host_bound):
+    use_events(monkeypatch, milliseconds=milliseconds)
+    found = Recordings(nn.Linear(2, 2), choice="auto", notify=print)
+    for _ in range(WARM):
+        assert not found.wants("kind")
+        with found.watched("kind"):
+            pass
+    assert found.wants("kind") == host_bound
+
+
+def test_auto_keeps_what_it_has_measured_of_each_kind(monkeypatch):
+    use_events(monkeypatch, milliseconds=1e-6)
+    found = Recordings(nn.Linear(2, 2), choice="auto", notify=print)
+    for _ in range(WARM):
+        for kind in ("training", "evaluation"):
+            assert not found.wants(kind)
+            with found.watched(kind):
                 pass
-        assert found.wants("kind") == host_bound
+    assert found.wants("training")
+    assert found.wants("evaluation")
+
+
+def test_passes_without_gradients_neither_keep_those_of_others_nor_set_them():
+    step = make_step()
+    kept = recording(step)
+    losses(step, range(2))
+    (batch,) = batches(100)
+    for _ in range(WARM + 1):
+        step.evaluate(batch)
+    assert kept.recorded == 1
+    assert [made.gradients for made in kept._recorded.values()] == [[]]
+    losses(step, range(2, 5))
+    (training,) = (made.gradients for made in kept._recorded.values() if made.gradients)
+    assert [id(parameter) for parameter, _ in training] == [id(parameter) for parameter in step.model.parameters()]
+    step.optimizer.zero_grad(set_to_none=True)
+    step.evaluate(batch)
+    assert all(parameter.grad is None for parameter in step.model.parameters())
+
+
+def test_the_pool_is_told_anew_with_each_recording():
+    """Or the update's graph, recorded before, would write where the gradients of a new kind of passes lie."""
+    told: list[Any] = []
+    step = make_step()
+    kept = recording(step)
+    kept._share_pool, kept._pool = told.append, "pool"
+    losses(step, range(WARM + 1), count=2)
+    assert told == ["pool"] * 2
+    losses(step, range(WARM + 1), rows=2)
+    assert told == ["pool"] * 3
+    losses(step, range(5, 8), rows=2)
+    kept.stop()
+    assert told == ["pool"] * 3 + [None]
 
 
 def test_a_run_of_many_shapes_records_the_first_few(monkeypatch):

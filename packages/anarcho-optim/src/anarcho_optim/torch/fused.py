@@ -61,7 +61,7 @@ class FusedStep:
 
     def use_graph(self, pool: Any | None) -> None:
         """See `MuonAdamW.use_graph`."""
-        self._cuda_graph, self._graph_pool = pool is not None, pool
+        self._graph_pool = pool
         if self._plan is not None:
             self._plan.graph = None
 
@@ -135,7 +135,8 @@ class FusedStep:
     def _run(self, plan: Plan) -> None:
         if self.stochastic_rounding:
             plan.seed.random_(2**31)
-        if not self._cuda_graph or plan.runs == 0:
+        as_graph = self._cuda_graph or self._graph_pool is not None
+        if not as_graph or plan.runs == 0:
             self._launch(plan)
         else:
             if plan.graph is None:

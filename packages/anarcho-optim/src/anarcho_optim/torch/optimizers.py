@@ -98,8 +98,9 @@ class MuonAdamW(torch.optim.Optimizer):
     def use_graph(self, pool: Any | None) -> None:
         """From now on a step's CUDA work is one graph, as with ``cuda_graph``, with the temporary memory of ``pool``; None takes that back.
 
-        The pool is one of `torch.cuda.graph_pool_handle`; other graphs may have it, too, of which none runs at the same time and none reads
-        what another has left there.
+        The pool is one of `torch.cuda.graph_pool_handle`. Other graphs may have it, too, if none runs at the same time. Gradients may lie
+        in it, if it is given again whenever there are new ones: the step's graph, which spares what lay there when it was recorded, is then
+        recorded anew.
         """
         self._fused.use_graph(pool)
 

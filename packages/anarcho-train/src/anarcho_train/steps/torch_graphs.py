@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -43,15 +43,16 @@ class _Recording:
     replay: Callable[[], None]
     inputs: Tensors
     output: Any
-    gradients: list[Tensor | None]
-    """Of the model's parameters, where it leaves them."""
+    gradients: Sequence[tuple[Tensor, Tensor]]
+    """The parameters to which it gives a gradient of its own, and these; not those whose gradient it only adds to, or leaves alone."""
 
 
 class Recordings:
     """The recorded passes of a model on one CUDA device. ``choice`` True records whatever comes often, `auto` what the host slows down.
 
     ``notify`` receives a sentence where recording fails; everything then goes on without. ``share_pool`` is told the pool of memory, which
-    graphs that run between passes may use, and None when it is given up.
+    graphs that run between passes may use, and None when it is given up. It is told anew after each recording: graphs that it has led to
+    may write where the new gradients lie, and are not to run again.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Recordings:
         self._kinds: set[Hashable] = set()
         self._seen: dict[Hashable, int] = {}
         self._host_bound: dict[Hashable, bool] = {}
-        self._measured: tuple[Hashable, float, Any, Any] | None = None
+        self._measured: dict[Hashable, tuple[float, Any, Any]] = {}
         self._addresses: list[int] = []
         self._pool: Any = None
 
@@ -101,7 +102,7 @@ class Recordings:
         yield
         seconds = time.perf_counter() - start
         end.record()
-        self._measured = kind, seconds, begin, end
+        self._measured[kind] = seconds, begin, end
 
     def run(self, key: Hashable, arrays: Arrays, work: Work) -> Any:
         """What ``work`` returns for these arrays; None, with nothing done, where it could not be recorded.
@@ -118,7 +119,8 @@ class Recordings:
                 source.pin_memory() if self._device.type == "cuda" else source, non_blocking=True
             )
         recording.replay()
-        self._set_gradients(recording.gradients)
+        for parameter, gradient in recording.gradients:
+            parameter.grad = gradient
         return recording.output
 
     def forget(self) -> None:
@@ -144,11 +146,17 @@ class Recordings:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             error.__traceback__ = None  # Its frames hold what was computed.
             self.stop()
-            self._set_gradients(before)
+            for parameter, gradient in zip(self._parameters, before, strict=True):
+                parameter.grad = gradient
             self._notify(f"a pass could not be recorded as a CUDA graph ({reason}); training goes on without")
             return None
         self._addresses = self._where()
-        gradients = [parameter.grad for parameter in self._parameters]
+        self._share_pool(self._pool)
+        gradients = [
+            (parameter, parameter.grad)
+            for parameter, old in zip(self._parameters, before, strict=True)
+            if parameter.grad is not None and parameter.grad is not old
+        ]
         self._recorded[key] = _Recording(replay, inputs, output, gradients)
         return self._recorded[key]
 
@@ -156,7 +164,6 @@ class Recordings:
         """What does the work again, and the result that it then overwrites; nothing has been computed yet."""
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-            self._share_pool(self._pool)
             _free_workspaces()
         # The pool of the recordings has no use for what other memory is free, but the device has only that.
         gc.collect()
@@ -167,18 +174,14 @@ class Recordings:
             output = work(inputs)
         return graph.replay, output
 
-    def _set_gradients(self, gradients: list[Tensor | None]) -> None:
-        for parameter, gradient in zip(self._parameters, gradients, strict=True):
-            parameter.grad = gradient
-
     def _where(self) -> list[int]:
         return [parameter.data_ptr() for parameter in self._parameters]
 
     def _read_times(self) -> None:
-        if self._measured is not None and self._measured[-1].query():
-            kind, seconds, begin, end = self._measured
-            self._measured = None
-            self._host_bound[kind] = seconds > HOST_BOUND * begin.elapsed_time(end) / 1000
+        for kind, (seconds, begin, end) in list(self._measured.items()):
+            if end.query():
+                del self._measured[kind]
+                self._host_bound[kind] = seconds > HOST_BOUND * begin.elapsed_time(end) / 1000
 
 
 def _free_workspaces() -> None:
