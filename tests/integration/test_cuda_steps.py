@@ -118,6 +118,17 @@ def test_recorded_passes_compute_what_others_do(settings, micro_batches):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
 
 
+def test_gradients_of_passes_that_are_recorded_late_are_not_written_over_by_the_update():
+    torch._dynamo.reset()
+    plain, recorded = (make_step(cuda_graphs=choice) for choice in (False, True))
+    for numbers, micro_batches in ((range(8), 1), (range(8, 16), 2), (range(16, 24), 4), (range(24, 32), 2)):
+        wanted, found = (train(step, numbers, micro_batches=micro_batches) for step in (plain, recorded))
+        assert found == pytest.approx(wanted, rel=1e-4)
+    assert len(recorded._recordings) == 5
+    for a, b in zip(plain.model.parameters(), recorded.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
+
+
 def test_evaluations_beside_recorded_steps_see_the_weights_of_the_moment():
     torch._dynamo.reset()
     plain, recorded = (make_step(cuda_graphs=choice) for choice in (False, True))
