@@ -34,6 +34,7 @@ from anarcho_model.layers.mlx_cuda import (
     lookup,
 )
 from anarcho_model.layers.mlx_norm import has_norm_gradients, norm_gradients, sum_norm
+from anarcho_model.layers.mlx_rotation import has_rotation_kernel, project_rotated, rotate_both
 
 __all__ = [
     "AttentionContext",
@@ -108,10 +109,15 @@ class Linear(nn.Linear):
 
 def project_all(x: Float[mx.array, "*shape inputs"], *layers: nn.Module) -> list[Float[mx.array, "*shape outputs"]]:
     """What each layer makes of `x`; trained linear layers have one gradient for it together."""
-    if all(type(layer) is Linear and not is_frozen(layer) for layer in layers):
+    if are_trained(*layers):
         weights = (layer.weight.astype(x.dtype) for layer in layers)  # pyright: ignore[reportOptionalMemberAccess]
         return project(x, *weights)  # pyright: ignore[reportReturnType]
     return [layer(x) for layer in layers]  # pyright: ignore[reportCallIssue]
+
+
+def are_trained(*layers: nn.Module) -> bool:
+    """Whether all are linear layers whose own weights are trained."""
+    return all(type(layer) is Linear and not is_frozen(layer) for layer in layers)
 
 
 def is_frozen(layer: nn.Module) -> bool:
@@ -415,19 +421,29 @@ class Attention(nn.Module):
         self, x: Float[mx.array, "batch length dim"], context: AttentionContext, cache: LayerCache | None
     ) -> Float[mx.array, "batch length dim"]:
         batch, length, _ = x.shape
-        q, k, v = project_all(x, self.q_proj, self.k_proj, self.v_proj)
-        q = q.reshape(batch, length, self.heads, self.head_size)
-        k = k.reshape(batch, length, self.kv_heads, self.head_size)
-        v = v.reshape(batch, length, self.kv_heads, self.head_size).transpose(0, 2, 1, 3)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q, dtype=x.dtype), self.k_norm(k, dtype=x.dtype)
-        q = context.rotation(q.transpose(0, 2, 1, 3))
-        k = context.rotation(k.transpose(0, 2, 1, 3))
+        q, k, v = (heads.transpose(0, 2, 1, 3) for heads in self._turned(x, context, in_table=cache is None))
         if cache is None:
             mixed = attend_in_training(q, k, v, mask=context.mask)
         else:
             mixed = attend(q, *cache.append(k, v, context), mask=context.mask)
         return self.o_proj(mixed.transpose(0, 2, 1, 3).reshape(batch, length, -1))
+
+    def _turned(
+        self, x: Float[mx.array, "batch length dim"], context: AttentionContext, *, in_table: bool
+    ) -> Sequence[Float[mx.array, "batch length _ head"]]:
+        """Queries, keys and values, the first two turned; `in_table` says whether a table of angles is worth its making."""
+        layers, rotation = (self.q_proj, self.k_proj, self.v_proj), context.rotation
+        in_table = in_table and has_rotation_kernel(self.head_size, x.dtype)
+        if in_table and self.q_norm is None and are_trained(*layers):
+            weights = (layer.weight.astype(x.dtype) for layer in layers)
+            return project_rotated(x, *weights, rotation.cos, rotation.sin)  # pyright: ignore[reportReturnType]
+        q, k, v = (heads.reshape(*x.shape[:2], -1, self.head_size) for heads in project_all(x, *layers))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q, dtype=x.dtype), self.k_norm(k, dtype=x.dtype)
+        if in_table:
+            return *rotate_both(q, k, rotation.cos, rotation.sin), v  # pyright: ignore[reportReturnType, reportGeneralTypeIssues]
+        q, k = (rotation(heads.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3) for heads in (q, k))
+        return q, k, v
 
 
 class SwiGLU(nn.Module):
