@@ -63,7 +63,8 @@ class TrainConfig:
     """Whether training multiplies in 8-bit floats where layers are wide enough to gain: faster, for somewhat coarser gradients.
 
     For models that are compiled for NVIDIA GPUs of compute capability 8.9 or later, with `precision` bfloat16, and not for an adapter.
-    Evaluations, checkpoints and what is made of them are as without it."""
+    Checkpoints, and what is made of them, are as without it. Where each process has the whole model, a run's own validation multiplies as
+    its training does, for which alone the model is compiled."""
     lean: bool = False
     """Whether weights and optimizer state are bfloat16, too, rounded stochastically: half of their memory, for a somewhat higher loss.
 

@@ -9,8 +9,8 @@ Notable:
 * a scale costs a pass over the tensor, and a float needs it only about right, so it comes from a bound where there is one: what a norm
   returns is at most `sqrt(size)` times its largest weight, and a gradient within SwiGLU at most the product of norms and maxima of its
   factors, of which e5m2's 30 powers of two have room for. The hidden layer has a scale for each token, known when its row is;
-* layers that are too narrow to gain stay in bfloat16, as does everything but training: evaluations and answers are those of the weights
-  that are saved.
+* layers that are too narrow to gain stay in bfloat16, as does whatever is computed without gradients or is not compiled: answers are those
+  of the weights that are saved. A trainer that evaluates with the compiled function of its training has 8-bit products there, too.
 
 Why this is our own: torchao's `Float8Linear` stands for a single `nn.Linear`, and our layers join products of the same input and compute
 what is between two products in the kernel that also writes their operands. Without that, its passes over the operands take back what the
