@@ -177,7 +177,8 @@ def test_where_recording_fails_training_goes_on_and_says_so(monkeypatch):
 
 
 def test_memory_that_runs_out_is_tried_again_without_recordings():
-    step = make_step()
+    said: list[str] = []
+    step = make_step(notify=said.append)
     kept = recording(step)
     losses(step, range(5))
     assert len(kept) == 1
@@ -193,6 +194,9 @@ def test_memory_that_runs_out_is_tried_again_without_recordings():
     (found,) = losses(step, range(5, 6), rows=2)
     assert np.isfinite(found)
     assert calls == [1, 0]
+    assert said == [
+        "memory ran out beside recorded passes (CUDA out of memory. Tried to allocate); they are given up, and it is tried again without"
+    ]
     losses(step, range(6, 12))
     assert len(kept) == 0
 

@@ -421,6 +421,9 @@ class TorchStep:
         except OutOfMemory as error:
             if error.torn or not recorded:
                 raise
+            self._notify(
+                f"memory ran out beside recorded passes ({error}); they are given up, and it is tried again without"
+            )
         return guarded(work, recover=recover)  # with the memory of the recordings, which are given up
 
     def _new_scaler(self) -> torch.amp.GradScaler:
