@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import Counter
 
 import pytest
 from anarcho_cli.benching.cases import Case, Kind, Target, find_targets
@@ -149,6 +150,18 @@ def test_a_step_of_many_micro_batches_is_put_together_from_steps_of_one_and_two(
     whole = time_steps(run, repetitions=3, accumulated=False)
     assert whole.update == 0
     assert whole.step(1) == pytest.approx(0.03, rel=0.5)
+
+
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_steps_that_prepare_those_that_follow_are_not_timed(accumulated) -> None:
+    """As those that PyTorch records as CUDA graphs, each kind for itself."""
+    done: Counter[int] = Counter()
+
+    def run(micro_batches: int) -> None:
+        done[micro_batches] += 1
+        time.sleep(0.2 if done[micro_batches] <= 4 else 0.001)
+
+    assert time_steps(run, repetitions=1, accumulated=accumulated, warm=4).step(1) < 0.1
 
 
 def test_the_ceiling_is_the_best_rate_and_no_size_follows_a_slow_one() -> None:

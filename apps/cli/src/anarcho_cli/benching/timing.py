@@ -28,18 +28,21 @@ class StepTimes:
         return micro_batches * self.micro_batch + self.update
 
 
-def time_steps(run: Callable[[int], object], *, repetitions: int, accumulated: bool) -> StepTimes:
-    """Times ``run(n)``, a step of n micro-batches that ends when its work is done.
+def time_steps(run: Callable[[int], object], *, repetitions: int, accumulated: bool, warm: int = 1) -> StepTimes:
+    """Times ``run(n)``, a step of n micro-batches that ends when its work is done, after ``warm`` of either kind.
 
     Where steps are not ``accumulated``, they have one micro-batch, and the update is not told apart from it.
     """
     first = seconds(lambda: run(1))
+    for _ in range(warm - 1):
+        run(1)
     if not accumulated:
         run(1)
         return StepTimes(
             micro_batch=median(seconds(lambda: run(1)) for _ in range(repetitions)), update=0.0, first=first
         )
-    run(2)
+    for _ in range(warm):
+        run(2)
     single, double = [], []
     for _ in range(repetitions):
         single.append(seconds(lambda: run(1)))

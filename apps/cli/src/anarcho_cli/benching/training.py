@@ -33,6 +33,7 @@ def measure_training(case: Case) -> dict[str, Any]:
         lambda count: losses.append(_train(step, [batch] * count)),
         repetitions=case.steps,
         accumulated=micro_batches > 1,
+        warm=_warm_steps(case),
     )
     memory = peak_memory("mlx" if case.backend == "mlx" else device, own_memory=device == "cuda")
     precision, compiled = precision_name(step), step.compiled
@@ -55,6 +56,15 @@ def measure_training(case: Case) -> dict[str, Any]:
         "peak_flops": published_peak(name, device=device, precision=precision),
         **memory,
     }
+
+
+def _warm_steps(case: Case) -> int:
+    """Steps of a kind before one that is like all that follow: PyTorch may record their passes as CUDA graphs, and is slow as it does."""
+    if case.backend != "torch" or case.device != "cuda":
+        return 1
+    from anarcho_train.steps.torch_graphs import WARM
+
+    return WARM + 1
 
 
 def _settled(case: Case) -> RunConfig:
