@@ -101,3 +101,10 @@ def test_the_command_prints_plan_and_outlook_and_writes_nothing(
         *("machine", "largest", "disk", "time"),
     ]
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_forecast_for_epochs_says_how_many_steps_it_stands_for(anarcho, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("anarcho_cli.benching.subject.ceiling", lambda *place, **wanted: 2e11)
+    said = "an epoch's steps depend on the text: this is for 1,000"
+    assert said in anarcho("plan", "--device", "cpu", "--set", "train.epochs=2").stderr
+    assert said not in anarcho("plan", "--device", "cpu").stderr

@@ -44,10 +44,14 @@ def plan(
     from anarcho_cli.fitting.budget import memory_budget
     from anarcho_cli.fitting.decision import find, is_open
     from anarcho_cli.outlook import look_out
-    from anarcho_cli.output import print_json
+    from anarcho_cli.output import note, print_json
     from anarcho_cli.plan import plan_run
 
     config = resolve(preset=preset, file=file, overrides=overrides or ())
+    if config.train.epochs is not None:
+        note(
+            f"an epoch's steps depend on the text: this is for {config.train.steps:,}; --dry-run of the training counts them"
+        )
     framework = resolve_backend(chosen_backend(backend, file=file, overrides=overrides or []))
     name, place = framework.value, chosen_device(device, backend=framework)
     budget = memory_budget(name, place)
