@@ -62,13 +62,13 @@ class Repeated(Recordings):
         return replay, output
 
 
-def make_step(**settings: Any) -> TorchStep:
+def make_step(cuda_graphs: Any = "auto", **settings: Any) -> TorchStep:
     model = GPT(ModelConfig(vocab_size=64, context_length=LENGTH, num_layers=2, dim=32, num_heads=2))
     model.init_weights(seed=0)
     return TorchStep(
         model,
         MuonAdamW(param_groups(model, config=OptimConfig())),
-        config=TrainConfig(precision="float32", compile="off"),
+        config=TrainConfig(precision="float32", compile="off", cuda_graphs=cuda_graphs),
         save_model=lambda model, directory: torch.save(model.state_dict(), directory / "model.pt"),
         load_model=lambda model, directory: model.load_state_dict(torch.load(directory / "model.pt")),
         **settings,
@@ -282,6 +282,24 @@ def test_a_run_of_many_shapes_records_the_first_few(monkeypatch):
             with found.watched(kind):
                 pass
     assert [found.wants(kind) for kind in "abcab"] == [True, True, False, True, True]
+
+
+def test_kinds_that_keep_many_gradients_are_few(monkeypatch):
+    monkeypatch.setattr(torch_graphs, "MAX_GRADIENT_BYTES", 1)
+    step = make_step()
+    kept = recording(step)
+    for rows in (4, 2):
+        losses(step, range(WARM + 2), rows=rows)
+    assert kept.recorded == 1
+
+
+def test_a_wish_that_cannot_be_fulfilled_is_answered_in_one_sentence():
+    said: list[str] = []
+    make_step(notify=said.append)
+    assert not said
+    make_step(notify=said.append, cuda_graphs=True)
+    assert len(said) == 1
+    assert said[0].startswith("train.cuda_graphs is true, but the device is cpu")
 
 
 def test_the_choice_is_checked():

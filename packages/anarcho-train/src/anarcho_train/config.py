@@ -60,9 +60,10 @@ class TrainConfig:
 
     Norms and sums are bound by memory: an H100 saves a twentieth of the time, and with gradient checkpointing half of what is kept."""
     float8: bool = False
-    """Whether training multiplies in 8-bit floats where layers are wide enough to gain: faster, for somewhat coarser gradients.
+    """Whether training multiplies in 8-bit floats where layers are wide enough to gain, for somewhat coarser gradients; not measured yet.
 
     For models that are compiled for NVIDIA GPUs of compute capability 8.9 or later, with `precision` bfloat16, and not for an adapter.
+    A micro-batch whose tokens are no multiple of 16, and queries, keys and values with QK-norm, stay in bfloat16.
     Checkpoints, and what is made of them, are as without it. Where each process has the whole model, a run's own validation multiplies as
     its training does, for which alone the model is compiled."""
     lean: bool = False

@@ -10,6 +10,7 @@ Arithmetic is float32, rounded once. Elsewhere than on CUDA none of this is used
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -81,7 +82,14 @@ def has_rotation_kernel(head_size: int, dtype: mx.Dtype) -> bool:
 
 @functools.cache
 def _are_right() -> bool:
-    """Whether both kernels, which MLX compiles when they are first used, turn a few numbers as they should, or else MLX's own serves."""
+    """Whether both kernels, which MLX compiles when they are first used, turn a few numbers as they should; else it warns, once."""
+    fault = _fault()
+    if fault is not None:
+        warnings.warn(f"the CUDA kernels for rotary positions are not used: {fault}; MLX's own is slower", stacklevel=2)
+    return fault is None
+
+
+def _fault() -> str | None:
     q, k, v = (mx.random.normal((1, 3, heads, 32), key=mx.random.key(heads)).astype(mx.bfloat16) for heads in (5, 2, 2))
     angles = mx.arange(3)[:, None] * mx.array(0.7) ** mx.arange(16)
     cos, sin = mx.cos(angles)[None, None], mx.sin(angles)[None, None]
@@ -94,12 +102,13 @@ def _are_right() -> bool:
     try:
         found = [*_rotate_both(q, k, cos, sin, back=False), _turned_back(q, k, v, cos, sin)]
         joined = mx.concatenate([x.reshape(3, -1) for x in (turned(q, -sin), turned(k, -sin), v)], axis=-1)
-        return all(
+        right = all(
             mx.allclose(x.astype(mx.float32), y.astype(mx.float32), rtol=0.01, atol=0.01).item()
             for x, y in zip(found, [turned(q, sin), turned(k, sin), joined], strict=True)
         )
-    except RuntimeError:
-        return False
+    except RuntimeError as error:
+        return " ".join(str(error).split())[:200]
+    return None if right else "they compute wrong numbers"
 
 
 @mx.custom_function

@@ -30,7 +30,7 @@ from anarcho_train.step import Batch, LossSum, StepMetrics, StepSchedule
 from anarcho_train.steps.torch_anomalies import CheckedLoss, first_anomaly
 from anarcho_train.steps.torch_files import StateFiles
 from anarcho_train.steps.torch_gradients import GradientTypes, clipped, total_norm
-from anarcho_train.steps.torch_graphs import Arrays, Recordings, Tensors, shape_of
+from anarcho_train.steps.torch_graphs import Arrays, Recordings, Tensors, obstacle, shape_of
 from anarcho_train.steps.torch_in_backward import UpdatesInBackward
 from anarcho_train.steps.torch_memory import RandomState, empty_caches, forget_updates
 from anarcho_train.steps.torch_ranks import TorchRanks
@@ -187,10 +187,18 @@ class TorchStep:
         self._at_once = UpdatesInBackward(model, optimizer) if config.update_in_backward else None
         if self._at_once and (self._several or self._scaler.is_enabled()):
             raise ValueError("train.update_in_backward is true; expected one process, and no float16")
-        alone = not self._several and self._at_once is None and not self._scaler.is_enabled()
-        recorded = config.cuda_graphs if alone and self.device.type == "cuda" else False
+        against = obstacle(
+            self.device,
+            processes=self._ranks.size,
+            scaled=self._scaler.is_enabled(),
+            in_backward=config.update_in_backward,
+        )
+        if against and config.cuda_graphs is True:
+            notify(f"train.cuda_graphs is true, but {against}; training goes on without")
         share_pool = getattr(optimizer, "use_graph", lambda pool: None)
-        self._recordings = Recordings(model, choice=recorded, notify=notify, share_pool=share_pool)
+        self._recordings = Recordings(
+            model, choice=False if against else config.cuda_graphs, notify=notify, share_pool=share_pool
+        )
         if shards is not None:
             shards.serve()
         elif self._several:
@@ -411,7 +419,8 @@ class TorchStep:
             self._scaler = self._new_scaler()  # The old one remembers that it has unscaled gradients in this step.
             self._scaler.load_state_dict(state)
             random.restore()
-            self._recordings.stop()
+            if len(self._recordings):
+                self._recordings.stop()
             empty_caches(self.device)
             return self._updating
 

@@ -31,6 +31,8 @@ HOST_BOUND = 0.7
 """Share of a pass' time that the host takes to start its kernels, above which the device waits for it."""
 MAX_KINDS = 8
 """So many kinds of passes are recorded; further ones go on as before."""
+MAX_GRADIENT_BYTES = 2**30
+"""Every kind of training passes keeps its gradients; with so many, no further kind is recorded."""
 
 Arrays = Mapping[str, np.ndarray]
 Tensors = dict[str, Tensor]
@@ -85,7 +87,8 @@ class Recordings:
         if self._recorded and self._addresses != self._where():
             self.forget()
         self._read_times()
-        if len(self._kinds) < MAX_KINDS and (self._host_bound.get(kind, False) or not self._measures):
+        more = len(self._kinds) < MAX_KINDS and self._gradient_bytes() < MAX_GRADIENT_BYTES
+        if more and (self._host_bound.get(kind, False) or not self._measures):
             self._kinds.add(kind)
         return kind in self._kinds
 
@@ -174,6 +177,9 @@ class Recordings:
             output = work(inputs)
         return graph.replay, output
 
+    def _gradient_bytes(self) -> int:
+        return sum(g.numel() * g.element_size() for one in self._recorded.values() for _, g in one.gradients)
+
     def _where(self) -> list[int]:
         return [parameter.data_ptr() for parameter in self._parameters]
 
@@ -182,6 +188,17 @@ class Recordings:
             if end.query():
                 del self._measured[kind]
                 self._host_bound[kind] = seconds > HOST_BOUND * begin.elapsed_time(end) / 1000
+
+
+def obstacle(device: torch.device, *, processes: int, scaled: bool, in_backward: bool) -> str | None:
+    """Why a step's passes cannot be recorded, as the end of a sentence; None if they can."""
+    reasons = {
+        f"the device is {device.type}; expected cuda": device.type != "cuda",
+        f"there are {processes} processes; expected one": processes > 1,
+        "products are in float16, with a scaled loss; expected bfloat16 or float32": scaled,
+        "train.update_in_backward is true; expected false": in_backward,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def _free_workspaces() -> None:
