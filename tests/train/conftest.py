@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from anarcho_train import CheckpointStore, Loop, StepSchedule, TrainConfig
-from anarcho_train.steps.torch import StageLoss, TorchStep
+from anarcho_train.steps.torch import TorchStep
+from anarcho_train.steps.torch_passes import StageLoss
 from safetensors.torch import load_model, save_model
 from torch import nn
 

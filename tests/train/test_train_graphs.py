@@ -182,7 +182,7 @@ def test_memory_that_runs_out_is_tried_again_without_recordings():
     kept = recording(step)
     losses(step, range(5))
     assert len(kept) == 1
-    forward, calls = step._logprobs, []
+    forward, calls = step._passes.logprobs, []
 
     def runs_out(*arguments: Any, **named: Any) -> Tensor:
         calls.append(len(kept))
@@ -190,7 +190,7 @@ def test_memory_that_runs_out_is_tried_again_without_recordings():
             raise RuntimeError("CUDA out of memory. Tried to allocate")
         return forward(*arguments, **named)
 
-    step._logprobs = runs_out
+    step._passes.logprobs = runs_out
     (found,) = losses(step, range(5, 6), rows=2)
     assert np.isfinite(found)
     assert calls == [1, 0]

@@ -54,7 +54,7 @@ class Fails:
 
 def inject_torch(step: Any, moment: str, fails: Fails) -> None:
     if moment in ("forward", "backward", "evaluation"):
-        inner = step._logprobs
+        inner = step._passes.logprobs
 
         class Late(torch.autograd.Function):
             @staticmethod
@@ -72,7 +72,7 @@ def inject_torch(step: Any, moment: str, fails: Fails) -> None:
                 fails(len(tokens))
             return Late.apply(inner(tokens, *rest, **named)) if moment == "backward" else inner(tokens, *rest, **named)
 
-        step._logprobs = logprobs
+        step._passes.logprobs = logprobs
         return
     update = step.optimizer.step
 

@@ -144,7 +144,7 @@ def test_a_failing_compiler_is_left_behind(monkeypatch):
     def fail(*args, **kwargs):
         raise torch._dynamo.exc.TorchDynamoException("no compiler")
 
-    monkeypatch.setattr(step, "_logprobs", fail)
+    monkeypatch.setattr(step._passes, "logprobs", fail)
     assert step.train(split(8, 8), schedule=SCHEDULE) == eager.train(split(8, 8), schedule=SCHEDULE)
     assert len(messages) == 1
     assert "training goes on without it" in messages[0]
@@ -153,7 +153,9 @@ def test_a_failing_compiler_is_left_behind(monkeypatch):
 def test_an_error_of_the_model_is_not_taken_for_one_of_the_compiler(monkeypatch):
     step = make_step()
     step.compiled = step._may_fall_back = True
-    monkeypatch.setattr(step, "_logprobs", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("shapes do not match")))
+    monkeypatch.setattr(
+        step._passes, "logprobs", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("shapes do not match"))
+    )
     with pytest.raises(RuntimeError, match="shapes do not match"):
         step.train(split(8, 8), schedule=SCHEDULE)
 

@@ -123,13 +123,13 @@ def no_memory(step: TorchStep, *, where: str):
         return own(*arguments, **named)
 
     if where == "forward":
-        step._logprobs = forward
+        step._passes.logprobs = forward
     else:
         model.fails = fail
     try:
         yield
     finally:
-        step._logprobs, model.fails = own, lambda: None
+        step._passes.logprobs, model.fails = own, lambda: None
 
 
 def train(ranks: TorchRanks) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,15 +24,16 @@ from torch.profiler import record_function
 
 from anarcho_train.config import TrainConfig
 from anarcho_train.interfaces import Draws
-from anarcho_train.losses.torch import NextTokenLoss, answer_logprobs
+from anarcho_train.losses.torch import NextTokenLoss
 from anarcho_train.out_of_memory import OutOfMemory, guarded, is_out_of_memory, reason
 from anarcho_train.step import Batch, LossSum, StepMetrics, StepSchedule
 from anarcho_train.steps.torch_anomalies import CheckedLoss, first_anomaly
 from anarcho_train.steps.torch_files import StateFiles
 from anarcho_train.steps.torch_gradients import GradientTypes, clipped, total_norm
-from anarcho_train.steps.torch_graphs import Arrays, Recordings, Tensors, obstacle, shape_of
+from anarcho_train.steps.torch_graphs import Recordings, Tensors, obstacle, shape_of
 from anarcho_train.steps.torch_in_backward import UpdatesInBackward
 from anarcho_train.steps.torch_memory import RandomState, empty_caches, forget_updates
+from anarcho_train.steps.torch_passes import Passes, StageLoss, Sums, sums_of, total_of
 from anarcho_train.steps.torch_ranks import TorchRanks
 from anarcho_train.steps.torch_replicas import Replicas
 from anarcho_train.steps.torch_settings import resolve_compile, resolve_precision
@@ -42,48 +43,8 @@ from anarcho_train.steps.torch_waiting import Done, Later
 if TYPE_CHECKING:
     from anarcho_train.steps.torch_shards import Shards
 
-LOSS = "loss."
-"""Before the names of arrays that the loss reads, besides log-probabilities."""
-INDICES = ("tokens", "targets", "positions", "segments")
-"""The model's arguments that are whole numbers."""
 MAX_COMPILED_SHAPES = 64
 """So many shapes of batches are compiled before torch.compile gives up and runs the model uncompiled; its own limit is 8."""
-
-
-class LanguageModel(Protocol):
-    """What the step asks of a model besides being an `nn.Module`."""
-
-    def token_logprobs(
-        self, tokens: Tensor, targets: Tensor, *, positions: Tensor | None = None, segments: Tensor | None = None
-    ) -> Tensor:
-        """Log-probabilities of ``targets``, float32 (batch, length), in nats; with `Draws`, it takes them as well."""
-        ...
-
-
-class StageLoss(Protocol):
-    """The loss of a training stage; everything that it returns is a sum, which the step divides once by the weight of all its batches."""
-
-    def weight(self, batch: Batch) -> float:
-        """What the loss of the batch is a sum over: the targets' weights, or pairs."""
-        ...
-
-    def arrays(self, batch: Batch) -> dict[str, np.ndarray]:
-        """The arrays of the batch that the loss reads besides log-probabilities; they reach it as tensors on the model's device."""
-        ...
-
-    def __call__(self, logprobs: Tensor, arrays: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """From ``logprobs`` float32 (batch, length) the loss, a scalar with a gradient, and further measures, scalars without one."""
-        ...
-
-
-@dataclass(frozen=True)
-class _Sums:
-    """What was measured on each micro-batch, summed over it, on the device."""
-
-    names: tuple[str, ...]
-    """Of the measures besides the loss."""
-    values: Tensor
-    """(micro-batches, 1 + measures), the loss first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,22 +111,20 @@ class TorchStep:
         self._may_fall_back = config.compile == "auto"
         self._grad_clip = config.grad_clip
         self._notify = notify
-        self._draws = draws
-        self._loss: StageLoss = NextTokenLoss() if loss is None else loss
         self._scaler = self._new_scaler()
         self._ranks = ranks or TorchRanks()
         self._several = self._ranks.size > 1
         self._ranks.join_devices(self.device)
-        self._logprobs: Callable[..., Tensor] = model.token_logprobs  # type: ignore[assignment]
+        self._passes = Passes(model, loss or NextTokenLoss(), precision=self.precision, draws=draws)
         self._parts = shards or Replicas(
             model,
             self._ranks,
-            logprobs=lambda *tensors, **named: self._logprobs(*tensors, **named),
+            logprobs=lambda *tensors, **named: self._passes.logprobs(*tensors, **named),
             in_parts=config.update_in_backward,
         )
         if self.compiled:
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_COMPILED_SHAPES)
-            self._logprobs = self._parts.compiled(self._logprobs)
+            self._passes.logprobs = self._parts.compiled(self._passes.logprobs)
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         self._files = StateFiles(
@@ -235,7 +194,7 @@ class TorchStep:
         update = self._updated_at_once if self._at_once else decided
         values = self._ranks.sum(measured.values.sum(0, keepdim=True)) if self._several else measured.values
         found = self._updated(lambda: update(values, weight, schedule))
-        total = _total(measured.names, found.measured, weight=weight)
+        total = total_of(measured.names, found.measured, weight=weight)
         rates = {_group_name(i, group): float(group["lr"]) for i, group in enumerate(self.optimizer.param_groups)}
         return StepMetrics(
             loss=total.loss / weight if weight else math.nan,
@@ -249,7 +208,7 @@ class TorchStep:
 
     def _share(self, micro_batches: Sequence[Batch]) -> _Share:
         """What this rank has of the step, and what all have together."""
-        own = float(sum(self._loss.weight(batch) for batch in micro_batches))
+        own = float(sum(self._passes.loss.weight(batch) for batch in micro_batches))
         told = self._ranks.gathered([own, sum(len(batch.tokens) for batch in micro_batches), len(micro_batches)])
         rank = self._ranks.rank
         return _Share(weight=float(told[:, 0].sum()), first_row=int(told[:rank, 1].sum()), most=int(told[:, 2].max()))
@@ -342,30 +301,34 @@ class TorchStep:
         if self._parts.shared:
             return "weights lie in shards, where nothing is looked for; go on with train.strategy = 'ddp', or in one process"
         share = self._share(micro_batches)
-        compiled, loss = self._logprobs, self._loss
-        self._logprobs, self._loss = self.model.token_logprobs, CheckedLoss(loss)  # type: ignore[assignment]
+        passes = self._passes
+        compiled, loss = passes.logprobs, passes.loss
+        uncompiled: Any = self.model.token_logprobs
+        checked: Any = CheckedLoss(loss)
+        passes.logprobs, passes.loss = uncompiled, checked
 
         def again() -> None:
-            self._backward(self._logprobs, micro_batches, share, schedule)
+            self._backward(uncompiled, micro_batches, share, schedule)
 
         try:
             return first_anomaly(self.model, again)
         finally:
-            self._logprobs, self._loss = compiled, loss
+            passes.logprobs, passes.loss = compiled, loss
             self.optimizer.zero_grad(set_to_none=True)
 
     def evaluate(self, batch: Batch) -> LossSum:
         """The summed loss of a batch."""
 
         def sums() -> LossSum:
-            arrays = self._arrays(batch, self._neutral(batch))
+            passes, recordings = self._passes, self._recordings
+            arrays = passes.arrays(batch, self._neutral(batch))
             kind = "evaluation", shape_of(arrays)
             with self._without_update():
-                measured = self._recordings.run(kind, arrays, self._measured) if self._recordings.wants(kind) else None
+                measured = recordings.run(kind, arrays, passes.measured) if recordings.wants(kind) else None
                 if measured is None:
-                    with self._recordings.watched(kind):
-                        measured = self._measured(self._tensors(arrays))
-            return _total(measured.names, measured.values.tolist(), weight=self._loss.weight(batch))
+                    with recordings.watched(kind):
+                        measured = passes.measured(passes.tensors(arrays))
+            return total_of(measured.names, measured.values.tolist(), weight=passes.loss.weight(batch))
 
         return self._guarded(sums)
 
@@ -377,8 +340,8 @@ class TorchStep:
 
         def rows() -> np.ndarray:
             with self._without_update():
-                logprobs = self._forward(self._logprobs, self._tensors(_arguments(batch, self._neutral(batch))))
-            return answer_logprobs(logprobs.detach(), self._tensor(batch.weights)).cpu().numpy()
+                logprobs = self._passes.answers(batch, self._neutral(batch))
+            return logprobs.cpu().numpy()
 
         return self._guarded(rows)
 
@@ -447,9 +410,9 @@ class TorchStep:
             if schedule.momentum is not None and "momentum" in group:
                 group["momentum"] = schedule.momentum
 
-    def _accumulate(self, micro_batches: Sequence[Batch], share: _Share, schedule: StepSchedule) -> _Sums:
+    def _accumulate(self, micro_batches: Sequence[Batch], share: _Share, schedule: StepSchedule) -> Sums:
         """Gradients of all micro-batches, those of other ranks included, and what was measured on each of this rank."""
-        kind = "training", *(shape_of(self._arrays(batch, {})) for batch in micro_batches)
+        kind = "training", *(shape_of(self._passes.arrays(batch, {})) for batch in micro_batches)
         recorded = share.weight and self._recordings.wants(kind)
         sums = self._recorded(kind, micro_batches, share, schedule) if recorded else None
         if sums is None:
@@ -459,34 +422,34 @@ class TorchStep:
 
     def _recorded(
         self, kind: Hashable, micro_batches: Sequence[Batch], share: _Share, schedule: StepSchedule
-    ) -> _Sums | None:
+    ) -> Sums | None:
         """The same by recorded passes of one process; None where they could not be recorded."""
         self.optimizer.zero_grad(set_to_none=True)
         self._gradients.begin(accumulated=len(micro_batches) > 1)
         # As CUDA rounds the division by a number that the host knows.
         scale = np.float32(1.0) / np.float32(share.weight)
 
-        def work(tensors: Tensors) -> _Sums:
+        def work(tensors: Tensors) -> Sums:
             factor = tensors.pop("scale")
-            loss, measures = self._loss_of(self._logprobs, tensors)
+            loss, measures = self._passes.loss_of(tensors)
             (loss * factor).backward()
-            return _sums([(loss, measures)])
+            return sums_of([(loss, measures)])
 
         found, first_row = [], share.first_row
         for number, batch in enumerate(micro_batches):
-            arrays = self._arrays(batch, self._drawn(batch, schedule, first_row))
+            arrays = self._passes.drawn(batch, step=schedule.number, first_row=first_row)
             key = kind, number > 0, shape_of(arrays)
             with record_function("forward and backward"):
-                sums = self._recordings.run(key, arrays | {"scale": np.array(scale)}, work)
+                sums = self._recordings.run(key, {**arrays, "scale": np.array(scale)}, work)
             if sums is None:
                 return None
-            found.append(_Sums(sums.names, sums.values.clone()))
+            found.append(Sums(sums.names, sums.values.clone()))
             first_row += len(batch.tokens)
-        return _Sums(found[0].names, torch.cat([sums.values for sums in found]))
+        return Sums(found[0].names, torch.cat([sums.values for sums in found]))
 
     def _backward(
         self, logprobs: Callable[..., Tensor], micro_batches: Sequence[Batch], share: _Share, schedule: StepSchedule
-    ) -> _Sums:
+    ) -> Sums:
         """Gradients that ``logprobs`` gives; where it is that of all ranks together, the last backward pass is for their exchange."""
         together = logprobs is self._parts
         self.optimizer.zero_grad(set_to_none=True)
@@ -497,9 +460,10 @@ class TorchStep:
 
         def forward(batch: Batch, counted: float) -> Tensor:
             nonlocal first_row
-            tensors = self._tensors(self._arrays(batch, self._drawn(batch, schedule, first_row)))
+            arrays = self._passes.drawn(batch, step=schedule.number, first_row=first_row)
+            tensors = self._passes.tensors(arrays)
             with record_function("forward"):
-                loss, measures = self._loss_of(logprobs, tensors)
+                loss, measures = self._passes.loss_of(tensors, logprobs=logprobs)
             if not counted:
                 return 0.0 * loss
             first_row += len(batch.tokens)
@@ -520,41 +484,11 @@ class TorchStep:
         at_once = self._updating_at_once(losses, share.weight, schedule) if together else nullcontext()
         with self._parts.agreed() if together else nullcontext(), self._parts.exchanging(), at_once:
             backward(loss)
-        return _sums(found)
+        return sums_of(found)
 
-    def _neutral(self, batch: Batch) -> dict[str, np.ndarray]:
+    def _neutral(self, batch: Batch) -> Mapping[str, np.ndarray]:
         """A compiled model keeps its training graph in an evaluation, with the arguments that it has there."""
-        return self._draws.neutral(batch) if self._draws and self.compiled else {}
-
-    def _drawn(self, batch: Batch, schedule: StepSchedule, first_row: int) -> Mapping[str, np.ndarray]:
-        """What is random in the training on a batch that begins with this row of its step."""
-        return self._draws(batch, step=schedule.number, first_row=first_row) if self._draws else {}
-
-    def _arrays(self, batch: Batch, draws: Mapping[str, np.ndarray]) -> Arrays:
-        """What a pass over the batch reads: the model's arguments, and what the loss reads, marked as such."""
-        # What the batch lacks is to be found before the model has worked on it.
-        of_loss = {LOSS + name: array for name, array in self._loss.arrays(batch).items()}
-        return _arguments(batch, draws) | of_loss
-
-    def _tensors(self, arrays: Arrays) -> Tensors:
-        return {name: self._tensor(array) for name, array in arrays.items()}
-
-    def _measured(self, tensors: Tensors) -> _Sums:
-        """The loss of a batch, for which nothing is changed."""
-        return _sums([self._loss_of(self._logprobs, tensors)])
-
-    def _loss_of(self, logprobs: Callable[..., Tensor], tensors: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
-        of_loss = {name.removeprefix(LOSS): tensor for name, tensor in tensors.items() if name.startswith(LOSS)}
-        return self._loss(self._forward(logprobs, tensors), of_loss)
-
-    def _forward(self, logprobs: Callable[..., Tensor], tensors: Tensors) -> Tensor:
-        arguments = {
-            name: tensor.long() if name in INDICES else tensor
-            for name, tensor in tensors.items()
-            if not name.startswith(LOSS)
-        }
-        with self._autocast():
-            return logprobs(arguments.pop("tokens"), arguments.pop("targets"), **arguments)
+        return self._passes.neutral(batch) if self.compiled else {}
 
     @contextmanager
     def _without_update(self) -> Iterator[None]:
@@ -562,36 +496,13 @@ class TorchStep:
         with torch.set_grad_enabled(self.compiled and not self._parts.shared), self._parts.evaluating():
             yield
 
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
-        if self.device.type != "cuda":
-            return tensor.to(self.device)
-        return tensor.pin_memory().to(self.device, non_blocking=True)  # other memory would wait for the update before
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.precision == torch.float32:
-            return nullcontext()
-        # What is cast is read once; cached, it would stay to the end of a forward pass that keeps nothing else.
-        return torch.autocast(self.device.type, dtype=self.precision, cache_enabled=False)
-
     def _leave_compilation(self, error: Exception) -> None:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         self._notify(f"torch.compile failed here ({reason}); training goes on without it")
         self.compiled = False
         self._recordings.forget()
         self._parts.leave_compilation()
-        self._logprobs = self.model.token_logprobs  # type: ignore[assignment]
-
-
-def _arguments(batch: Batch, draws: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What the model reads."""
-    arrays = {
-        "tokens": batch.tokens,
-        "targets": batch.targets,
-        "positions": batch.positions,
-        "segments": batch.segments,
-    }
-    return {name: array for name, array in arrays.items() if array is not None} | dict(draws)
+        self._passes.logprobs = self.model.token_logprobs  # type: ignore[assignment]
 
 
 def _allows_update(loss: Tensor, weight: float, schedule: StepSchedule) -> Tensor:
@@ -613,17 +524,6 @@ def _update_later(norm: Tensor, updated: Tensor, measured: Tensor) -> Callable[[
         return _Update(measured=rows, grad_norm=grad_norm, updated=bool(done), sizes=sizes)
 
     return made
-
-
-def _sums(found: Sequence[tuple[Tensor, dict[str, Tensor]]]) -> _Sums:
-    rows = [torch.stack([loss.detach(), *measures.values()]) for loss, measures in found]
-    return _Sums(tuple(found[0][1]), torch.stack(rows))
-
-
-def _total(names: Sequence[str], measured: Sequence[Sequence[float]], *, weight: float) -> LossSum:
-    """The sum of losses, first in each row, and of the measures of these names, which are over ``weight`` together."""
-    loss, *others = (sum(column) for column in zip(*measured, strict=True))
-    return LossSum(loss=loss, weight=weight, measures=dict(zip(names, others, strict=True)))
 
 
 def _group_name(index: int, group: dict[str, Any]) -> str:
