@@ -97,7 +97,7 @@ class Side:
 
 def ours(name: str, shape: Shape, *, compiled: bool) -> tuple[nn.Module, list[Any], Callable[[], float]]:
     """The trainer's step, as a run makes it."""
-    from anarcho_cli.freed_memory import return_freed_memory
+    from anarcho_cli.freed_memory import keep_freed_memory, return_freed_memory
     from anarcho_model import ModelConfig
     from anarcho_model.torch import GPT
     from anarcho_optim import OptimConfig
@@ -107,6 +107,8 @@ def ours(name: str, shape: Shape, *, compiled: bool) -> tuple[nn.Module, list[An
     from anarcho_train.steps.torch import TorchStep
 
     return_freed_memory()
+    if compiled:
+        keep_freed_memory()
     model = GPT(
         ModelConfig(
             vocab_size=shape.vocabulary,

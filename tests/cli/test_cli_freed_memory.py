@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from anarcho_cli.config import resolve
-from anarcho_cli.freed_memory import return_freed_memory, returns_freed_memory
+from anarcho_cli.freed_memory import OWN_SETTINGS, keep_freed_memory, return_freed_memory, returns_freed_memory
 from anarcho_cli.plan import library_bytes, plan_run
 
 LEFT_AFTER_FREEING = """
@@ -29,11 +29,31 @@ print(left()[0])
 """
 """A tensor that lies behind the others keeps the end of the heap where it is."""
 
+FAULTS_OF_A_STEP = """
+import os, resource, sys, torch
+from anarcho_cli.freed_memory import keep_freed_memory, return_freed_memory
+return_freed_memory()
+if sys.argv[1] == "keep":
+    asked = os.environ.get("THP_MEM_ALLOC_ENABLE")
+    assert keep_freed_memory()
+    assert os.environ.get("THP_MEM_ALLOC_ENABLE") == asked
+def step():
+    a = [torch.ones(2**20 + 1000 * i) for i in range(20)]
+    b = [torch.ones(2**24)]
+    del a
+    return [torch.ones(2**20 + 1000 * i) for i in range(20)], b
+for _ in range(3):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
 
 @pytest.fixture
 def plain(monkeypatch, tmp_path) -> Path:
     """An environment that says nothing of memory, and a kernel that gives huge pages to those who ask."""
-    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE"):
+    for name in (*OWN_SETTINGS, "THP_MEM_ALLOC_ENABLE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("platform.system", lambda: "Linux")
     monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.36"))
@@ -43,12 +63,15 @@ def plain(monkeypatch, tmp_path) -> Path:
     return pages
 
 
+def _printed(program: str, *arguments: str) -> list[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "THP_", "GLIBC_"))}
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+
+
 @pytest.mark.skipif(not returns_freed_memory(), reason="freed memory is not returned on this system")
 def test_the_memory_of_freed_tensors_goes_back_and_else_stays_with_the_process() -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "THP_"))}
-    command = [sys.executable, "-c", LEFT_AFTER_FREEING]
-    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    kept, returned = map(int, output.split())
+    kept, returned = map(int, _printed(LEFT_AFTER_FREEING))
     assert returned < 30 * 2**20 < 150 * 2**20 < kept
 
 
@@ -57,6 +80,22 @@ def test_thresholds_are_set_and_huge_pages_asked_for(plain: Path) -> None:
     assert return_freed_memory(mallopt=lambda name, value: calls.append((name, value)) or 1)
     assert calls == [(-3, 2 * 2**20), (-1, 64 * 2**20)]
     assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
+
+
+@pytest.mark.skipif(not returns_freed_memory(), reason="freed memory is not returned on this system")
+def test_a_step_that_is_repeated_finds_the_pages_of_the_step_before_where_memory_is_kept() -> None:
+    (kept,), (returned,) = (map(int, _printed(FAULTS_OF_A_STEP, kind)) for kind in ("keep", "return"))
+    assert kept < 100 < 1000 < returned
+
+
+def test_to_keep_memory_nothing_is_mapped_or_trimmed_and_the_environment_is_as_before(plain: Path, monkeypatch) -> None:
+    calls: list[tuple[int, int]] = []
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
+    assert keep_freed_memory(mallopt=lambda name, value: calls.append((name, value)) or 1)
+    assert calls == [(-4, 0), (-1, -1)]
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "100")
+    assert not keep_freed_memory(mallopt=lambda *_: pytest.fail("something was set"))
 
 
 @pytest.mark.parametrize("change", ["no huge pages", "no such kernel", "macOS", "musl", "own threshold", "own choice"])

@@ -15,7 +15,7 @@ from anarcho_cli.back_ends.run_model import RunModel
 from anarcho_cli.back_ends.settings import require_fitting, training_draws
 from anarcho_cli.back_ends.torch_processes import require_devices, shared_out
 from anarcho_cli.config import RunConfig
-from anarcho_cli.freed_memory import return_freed_memory
+from anarcho_cli.freed_memory import keep_freed_memory, return_freed_memory
 from anarcho_cli.output import note
 from anarcho_cli.plan import plan_run
 from anarcho_cli.preloading import load_beside
@@ -58,7 +58,7 @@ def require_supported(config: RunConfig, device: str) -> None:
 
 
 def limit_memory(device: str) -> None:
-    """On a CPU, makes freed memory go back to the system; what exceeds its device PyTorch ends by itself."""
+    """On a CPU, makes freed memory go back to the system, until a compiled step is made; what exceeds its device PyTorch ends by itself."""
     if device == "cpu":
         return_freed_memory()
 
@@ -77,8 +77,12 @@ def make_step(
     from anarcho_train.losses.torch_preference import PreferenceLoss
     from anarcho_train.steps.torch import TorchStep
     from anarcho_train.steps.torch_ranks import TorchRanks
+    from anarcho_train.steps.torch_settings import resolve_compile
 
     require_fitting(config, tokenizer)
+    flops = config.flops_per_token * config.total_tokens
+    if device == "cpu" and resolve_compile(config.train.compile, torch.device(device), flops=flops):
+        keep_freed_memory()
     torch.manual_seed(config.train.seed)  # Nothing is drawn from it; but checkpoints hold it, and are to be equal.
     model = GPT(config.model)
     own = RunModel(config=config, tokenizer=tokenizer, base=base, weights=weights, lora=lora, peft=peft)
@@ -106,7 +110,7 @@ def make_step(
         save_model=own.save,
         load_model=own.load,
         begin=_beginning(model, own),
-        flops=config.flops_per_token * config.total_tokens,
+        flops=flops,
         ranks=ranks,
         shards=shards,
         notify=note,
