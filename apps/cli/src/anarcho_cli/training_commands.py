@@ -158,8 +158,8 @@ def _print_plan(config: RunConfig, *, tokenizer: Path | None, backend: Backend, 
         config = compose.with_counted_steps(config, tokenizer_path=tokenizer)
     planned = config
     if is_open(config):
-        place = {"backend": backend.value, "device": device.value}
-        fit = find(config, **place, budget_bytes=planning_budget(device.value), probe=None)
+        budget = planning_budget(device.value)
+        fit = find(config, backend=backend.value, device=device.value, budget_bytes=budget, probe=None)
         planned = fit.applied(config)
     plan = plan_run(planned, backend=backend.value, device=device.value)
     if json:

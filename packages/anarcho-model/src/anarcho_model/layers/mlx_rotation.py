@@ -97,7 +97,7 @@ def _fault() -> str | None:
     def turned(x: mx.array, sine: mx.array) -> mx.array:
         low, high = mx.split(x.astype(mx.float32), 2, axis=-1)
         factors = cos[0, 0][:, None], sine[0, 0][:, None]
-        return mx.concatenate((low * factors[0] - high * factors[1], high * factors[0] + low * factors[1]), axis=-1)
+        return mx.concatenate([low * factors[0] - high * factors[1], high * factors[0] + low * factors[1]], axis=-1)
 
     try:
         found = [*_rotate_both(q, k, cos, sin, back=False), _turned_back(q, k, v, cos, sin)]
