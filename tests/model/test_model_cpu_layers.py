@@ -36,7 +36,7 @@ def test_attention_in_blocks_keeps_what_has_the_length_once():
     assert sorted(kept) == [2 * 3 * 64, *[q.numel()] * 4]
 
 
-@pytest.mark.parametrize("widths", [(4, 24), (24, 4), (8, 8)])
+@pytest.mark.parametrize("widths", [(4, 24), (24, 4), (8, 12), (12, 8), (8, 8)])
 def test_a_product_over_tokens_does_not_depend_on_which_operand_is_transposed(widths):
     a, b = draws(50, widths[0], seed=0), draws(50, widths[1], seed=1)
     torch.testing.assert_close(torch_cpu.transposed_product(a, b), a.t() @ b)
