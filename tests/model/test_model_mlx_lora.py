@@ -72,7 +72,7 @@ def test_log_probabilities_and_gradients_are_pytorchs_and_frozen_weights_have_no
     assert found == pytest.approx(expected.item(), rel=1e-6)
     names, parameters = zip(*lora_torch.adapter_parameters(theirs).items(), strict=True)
     wanted = dict(zip(names, (grad.numpy() for grad in torch.autograd.grad(expected, parameters)), strict=True))
-    assert_same_gradients(grads, wanted, relative=1e-5)
+    assert_same_gradients(grads, wanted, relative=5e-5)  # 2e-5 was seen, on one kind of processor.
 
 
 def test_the_same_inputs_are_dropped_and_none_in_an_evaluation(small_model, tmp_path):
