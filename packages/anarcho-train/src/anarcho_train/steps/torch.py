@@ -412,6 +412,8 @@ class TorchStep:
 
     def _accumulate(self, micro_batches: Sequence[Batch], share: _Share, schedule: StepSchedule) -> Sums:
         """Gradients of all micro-batches, those of other ranks included, and what was measured on each of this rank."""
+        if not self._recordings.wanted:
+            return self._backward(self._parts, micro_batches, share, schedule)
         kind = "training", *(shape_of(self._passes.arrays(batch, {})) for batch in micro_batches)
         recorded = share.weight and self._recordings.wants(kind)
         sums = self._recorded(kind, micro_batches, share, schedule) if recorded else None

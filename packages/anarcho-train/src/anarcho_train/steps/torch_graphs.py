@@ -80,6 +80,11 @@ class Recordings:
     def __len__(self) -> int:
         return len(self._recorded)
 
+    @property
+    def wanted(self) -> bool:
+        """Whether anything may be recorded."""
+        return self._wanted
+
     def wants(self, kind: Hashable) -> bool:
         """Whether passes of this kind are to be recorded, as far as those before have shown."""
         if not self._wanted or self._seen.get(kind, 0) < WARM:
@@ -117,10 +122,7 @@ class Recordings:
         if recording is None:
             return None
         for name, array in arrays.items():
-            source = torch.from_numpy(np.ascontiguousarray(array))
-            recording.inputs[name].copy_(
-                source.pin_memory() if self._device.type == "cuda" else source, non_blocking=True
-            )
+            recording.inputs[name].copy_(host_tensor(array, self._device), non_blocking=True)
         recording.replay()
         for parameter, gradient in recording.gradients:
             parameter.grad = gradient
@@ -139,9 +141,7 @@ class Recordings:
         self.forget()
 
     def _record(self, key: Hashable, arrays: Arrays, work: Work) -> _Recording | None:
-        inputs = {
-            name: torch.from_numpy(np.ascontiguousarray(array)).to(self._device) for name, array in arrays.items()
-        }
+        inputs = {name: host_tensor(array, self._device).to(self._device) for name, array in arrays.items()}
         before = [parameter.grad for parameter in self._parameters]
         try:
             replay, output = self._captured(work, dict(inputs))
@@ -206,6 +206,12 @@ def _free_workspaces() -> None:
     free = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)  # It is not public.
     if free is not None:
         free()
+
+
+def host_tensor(array: np.ndarray, device: torch.device) -> Tensor:
+    """The array as a tensor of the host; for a CUDA device pinned, because a copy of other memory would wait for the update before."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 def shape_of(arrays: Arrays) -> Hashable:

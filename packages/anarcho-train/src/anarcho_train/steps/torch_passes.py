@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from anarcho_train.interfaces import Draws
 from anarcho_train.losses.torch import answer_logprobs
 from anarcho_train.step import Batch, LossSum
-from anarcho_train.steps.torch_graphs import Arrays, Tensors
+from anarcho_train.steps.torch_graphs import Arrays, Tensors, host_tensor
 
 INDICES = ("tokens", "targets", "positions", "segments")
 """The model's arguments that are whole numbers."""
@@ -112,10 +112,7 @@ class Passes:
             return logprobs(arguments.pop("tokens"), arguments.pop("targets"), **arguments)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
-        if self._device.type != "cuda":
-            return tensor.to(self._device)
-        return tensor.pin_memory().to(self._device, non_blocking=True)  # other memory would wait for the update before
+        return host_tensor(array, self._device).to(self._device, non_blocking=self._device.type == "cuda")
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self._precision == torch.float32:
