@@ -7,44 +7,22 @@ GPU are skipped without one.
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 from anarcho_model.layers import torch_cuda
-from anarcho_model.layers.torch_rotary import rotate
+from cuda_layers import HALF, check_interpreted, draws, rotary_formula, rounded_swiglu, step
 from torch import Tensor, nn
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 needs_cuda = pytest.mark.skipif(
     not torch.cuda.is_available() or not torch_cuda.AVAILABLE, reason="needs CUDA and Triton"
 )
-HALF = torch.bfloat16
-
-
-def draws(*shape: int, seed: int, dtype: torch.dtype = HALF, device: str = "cpu") -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
 def tables(rows: int, length: int, half: int, *, device: str = "cpu") -> tuple[Tensor, Tensor]:
     angles = 3 * draws(rows, 1, length, half, seed=9, dtype=torch.float32, device=device)
     return angles.cos(), angles.sin()
-
-
-def swiglu_formula(gate_up: Tensor, grad_hidden: Tensor) -> tuple[Tensor, Tensor]:
-    gate, up = gate_up.double().chunk(2, dim=-1)
-    grad = grad_hidden.double()
-    parts = torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
-    return torch.cat(parts, dim=-1).to(gate_up.dtype), (F.silu(gate) * up).to(gate_up.dtype)
-
-
-def rotary_formula(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """A rotation is taken back by the one about the opposite angle."""
-    parts = [rotate(grad.double(), cos.double(), -sin.double()) for grad in (grad_q, grad_k)] + [grad_v.double()]
-    return torch.cat(parts, dim=1).transpose(1, 2).flatten(2).flatten(0, 1).to(grad_q.dtype)
 
 
 def assert_rounded_once(found: Tensor, exact: Tensor) -> None:
@@ -63,7 +41,7 @@ def check_kernels(device: str) -> None:
         gate_up, grad = 3 * draws(tokens, 2 * width, seed=1, dtype=dtype), draws(tokens, width, seed=2, dtype=dtype)
         gate_up[0, 0], gate_up[0, 1] = 100, -100
         found = kernels.swiglu_gradients(gate_up.to(device), grad.to(device))
-        for ours, exact in zip(found, swiglu_formula(gate_up, grad), strict=True):
+        for ours, exact in zip(found, rounded_swiglu(gate_up, grad), strict=True):
             assert_rounded_once(ours, exact)
     for batch, length, heads, kv_heads, size, rows, dtype in (
         (2, 40, 3, 3, 64, 1, HALF),
@@ -85,10 +63,7 @@ def check_kernels(device: str) -> None:
 @needs_triton
 def test_the_kernels_compute_what_autograd_does():
     """Triton's interpreter runs them on the CPU."""
-    code = f"import runpy; runpy.run_path({__file__!r})['check_kernels']('cpu')"
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    check_interpreted(__file__)
 
 
 @needs_cuda
@@ -103,7 +78,7 @@ def formulas(unchecked_shapes, monkeypatch):
 
     def swiglu(gate_up: Tensor, grad_hidden: Tensor) -> tuple[Tensor, Tensor]:
         calls.append("swiglu")
-        return swiglu_formula(gate_up, grad_hidden)
+        return rounded_swiglu(gate_up, grad_hidden)
 
     def rotary(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         calls.append("rotary")
@@ -116,31 +91,6 @@ def formulas(unchecked_shapes, monkeypatch):
     torch._dynamo.reset()
     yield calls
     torch._dynamo.reset()
-
-
-def step(
-    model, how: str, *, device: str, backend: str, segments: bool, length: int
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and gradients of one step under autocast, the model compiled whole, without a break, or in parts."""
-    model.zero_grad()
-    tokens = torch.randint(67, (3, length), generator=torch.Generator().manual_seed(0)).to(device)
-    options = {}
-    if segments:
-        place = torch.arange(length, device=device).expand(3, length)
-        second = place >= length // 3
-        options = {"segments": second.long(), "positions": torch.where(second, place - length // 3, place)}
-
-    def loss_of() -> Tensor:
-        return -model.token_logprobs(tokens, tokens.roll(1, 1), **options).mean()
-
-    if how == "parts":
-        model.compile_parts(backend)
-    run = torch.compile(loss_of, fullgraph=True, dynamic=False, backend=backend) if how == "whole" else loss_of
-    with torch.autocast(device, HALF):
-        loss = run()
-    loss.backward()
-    model.compile_parts(None)
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
 def assert_alike(found: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]]) -> None:

@@ -7,9 +7,6 @@ Triton's interpreter runs. Tests that need a GPU are skipped without one.
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,8 +14,8 @@ import torch.nn.functional as F
 from anarcho_model import InitConfig, ModelConfig
 from anarcho_model.layers import torch_cuda, torch_float8
 from anarcho_model.layers.torch import RMSNorm
-from anarcho_model.layers.torch_rotary import rotate
 from anarcho_model.torch import GPT
+from cuda_layers import HALF, check_interpreted, draws, rotary_formula, rounded_swiglu, step, swiglu_formula
 from torch import Tensor, nn
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
@@ -28,22 +25,10 @@ needs_float8 = pytest.mark.skipif(
     or torch.cuda.get_device_capability() < torch_float8.MIN_CAPABILITY,
     reason="needs CUDA with compute capability 8.9 and Triton",
 )
-HALF, E4M3, E5M2 = torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 ROUNDING = {E4M3: 2**-4, E5M2: 2**-3}
 """Largest relative error of a number that is rounded to the nearest."""
 SMALLEST = {E4M3: 2**-9, E5M2: 2**-16}
-
-
-def draws(*shape: int, seed: int, dtype: torch.dtype = HALF) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def swiglu_formula(gate_up: Tensor, grad_hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of gate and up, side by side, and the hidden layer."""
-    gate, up = gate_up.double().chunk(2, dim=-1)
-    grad = grad_hidden.double()
-    parts = torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
-    return torch.cat(parts, dim=-1), F.silu(gate) * up
 
 
 def assert_narrowed(found: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
@@ -89,10 +74,7 @@ def check_kernels(device: str) -> None:
 @needs_triton
 def test_the_kernels_write_both_orders():
     """Triton's interpreter runs them on the CPU."""
-    code = f"import runpy; runpy.run_path({__file__!r})['check_kernels']('cpu')"
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    check_interpreted(__file__)
 
 
 @needs_float8
@@ -123,15 +105,11 @@ def on_cpu(unchecked_shapes, monkeypatch):
         calls.append("turned")
         return x.t().contiguous()
 
-    def rotary(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        parts = [rotate(grad.double(), cos.double(), -sin.double()) for grad in (grad_q, grad_k)] + [grad_v.double()]
-        return torch.cat(parts, dim=1).transpose(1, 2).flatten(2).flatten(0, 1).to(grad_q.dtype)
-
     torch_float8.swiglu_gradients.register_kernel("cpu")(swiglu)
     torch_float8.cast_in_both_orders.register_kernel("cpu")(cast)
     torch_float8.turned.register_kernel("cpu")(turned)
-    torch_cuda.pack_rotary_gradients.register_kernel("cpu")(rotary)
-    torch_cuda.swiglu_gradients.register_kernel("cpu")(lambda *x: tuple(y.to(HALF) for y in swiglu_formula(*x)))
+    torch_cuda.pack_rotary_gradients.register_kernel("cpu")(rotary_formula)
+    torch_cuda.swiglu_gradients.register_kernel("cpu")(rounded_swiglu)
     monkeypatch.setattr(torch_cuda, "DEVICE_TYPE", "cpu")
     monkeypatch.setattr(torch_cuda, "AVAILABLE", True)
     monkeypatch.setattr(torch_float8, "MIN_WIDTH", 0)
@@ -139,31 +117,6 @@ def on_cpu(unchecked_shapes, monkeypatch):
     torch._dynamo.reset()
     yield calls
     torch._dynamo.reset()
-
-
-def step(
-    model, how: str, *, device: str = "cpu", backend: str = "aot_eager", segments: bool = False, length: int = 32
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and gradients of one step under autocast, the model compiled whole, without a break, or in parts."""
-    model.zero_grad()
-    tokens = torch.randint(67, (3, length), generator=torch.Generator().manual_seed(0)).to(device)
-    options = {}
-    if segments:
-        place = torch.arange(length, device=device).expand(3, length)
-        second = place >= length // 3
-        options = {"segments": second.long(), "positions": torch.where(second, place - length // 3, place)}
-
-    def loss_of() -> Tensor:
-        return -model.token_logprobs(tokens, tokens.roll(1, 1), **options).mean()
-
-    if how == "parts":
-        model.compile_parts(backend)
-    run = torch.compile(loss_of, fullgraph=True, dynamic=False, backend=backend) if how == "whole" else loss_of
-    with torch.autocast(device, HALF):
-        loss = run()
-    loss.backward()
-    model.compile_parts(None)
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
 def assert_alike(found: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]]) -> None:
