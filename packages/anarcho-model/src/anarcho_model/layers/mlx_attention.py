@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import mlx.core as mx
 from jaxtyping import Float
 
+from anarcho_model.layers.mlx_cuda import on_cuda
+
 __all__ = ["attend", "attend_in_training"]
 
 KEPT_SCORES_BYTES = 8 * 2**20
@@ -60,8 +62,7 @@ def attend_in_training(
 def has_fused_gradient(q: Float[mx.array, "batch heads length head"]) -> bool:
     """Whether MLX's attention has a kernel for its gradient (MLX 0.32: cuDNN's conditions)."""
     head = q.shape[-1]
-    fits = q.dtype in (mx.float16, mx.bfloat16) and head % 8 == 0 and head <= 128 and q.shape[2] % 128 == 0
-    return fits and mx.default_device() == mx.gpu and mx.cuda.is_available()
+    return head % 8 == 0 and head <= 128 and q.shape[2] % 128 == 0 and on_cuda(q.dtype)
 
 
 def attend_in_chunks(

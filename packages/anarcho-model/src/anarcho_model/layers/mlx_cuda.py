@@ -74,7 +74,12 @@ for (int i = 0; i < 8; ++i) result.values[i] = T(numbers.values[i]);
 
 def on_cuda(dtype: mx.Dtype) -> bool:
     """Whether numbers of this type are computed by a CUDA GPU, in half precision."""
-    return dtype in (mx.bfloat16, mx.float16) and mx.default_device() == mx.gpu and mx.cuda.is_available()
+    return dtype in (mx.bfloat16, mx.float16) and _computes()
+
+
+def _computes() -> bool:
+    """Whether a CUDA GPU is what computes."""
+    return mx.default_device() == mx.gpu and mx.cuda.is_available()
 
 
 def has_gated_gradients(gate: Float[mx.array, "*shape hidden"]) -> bool:
@@ -101,8 +106,8 @@ def gated_gradients(
 
 def has_lookup(table: Float[mx.array, "vocab size"], dtype: mx.Dtype) -> bool:
     """Whether `lookup` takes a table of this size and type."""
-    on_gpu = mx.default_device() == mx.gpu and mx.cuda.is_available()
-    return table.dtype == mx.float32 and table.shape[1] % VECTOR == 0 and mx.issubdtype(dtype, mx.floating) and on_gpu
+    fits = table.dtype == mx.float32 and table.shape[1] % VECTOR == 0 and mx.issubdtype(dtype, mx.floating)
+    return fits and _computes()
 
 
 def lookup(
