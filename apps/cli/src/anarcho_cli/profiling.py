@@ -23,8 +23,6 @@ PROFILE = "profile"
 """The folder of a run for what was recorded."""
 
 SKIPPED_STEPS = 2
-CUDA_SKIPPED_STEPS = 4
-"""The fourth step may make CUDA graphs of its passes."""
 RECORDED_STEPS = 3
 TABLE_ROWS = 30
 
@@ -106,7 +104,11 @@ class TorchProfile:
 
     def __init__(self, directory: Path, *, device: str) -> None:
         self._directory, self._device = directory, device
-        self._skipped = CUDA_SKIPPED_STEPS if device == "cuda" else SKIPPED_STEPS
+        self._skipped = SKIPPED_STEPS
+        if device == "cuda":
+            from anarcho_train.steps.torch_graphs import WARM
+
+            self._skipped = WARM + 1  # The step after those may make CUDA graphs of its passes.
         self._step = self._first = 0
         self._steps: Any = None
         self._recorded = self._saved = False
