@@ -77,24 +77,32 @@ def is_complete(directory: Path) -> bool:
     return index.exists() and json.loads(index.read_bytes())["complete"]
 
 
+PF_EXITING = 0x4
+"""Linux's mark of a process past its last instruction, whose files may be closed while it is still listed; see proc_pid_stat(5)."""
+
+
 def is_alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and waits to be reaped does not."""
+    """Whether a process runs; one that has ended and is on its way out, or waits to be reaped, does not."""
     try:
         os.kill(pid, 0)
     except OSError:
         return False
     status = Path(f"/proc/{pid}/stat")
     with suppress(OSError):
-        return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
+        if not Path("/proc/self/stat").exists():
+            return True
+        fields = status.read_text().rpartition(")")[2].split()
+        return fields[0] != "Z" and not int(fields[6]) & PF_EXITING
     return False
 
 
 def processes_of(session: int) -> list[int]:
-    """All processes of a session; those that have ended and wait to be reaped are none."""
+    """All processes of a session that run, as `is_alive` has it; where there is no /proc, ``ps`` marks those that end with Z or E."""
     command = ["ps", "-A", "-o", "pid=,sess=,stat="]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     rows = [line.split() for line in listed.splitlines()]
-    return [int(pid) for pid, number, status in rows if number == str(session) and not status.startswith("Z")]
+    of_session = [(int(pid), status) for pid, number, status in rows if number == str(session)]
+    return [pid for pid, status in of_session if not set(status) & set("ZE") and is_alive(pid)]
 
 
 def fail_until(producer: Producer) -> Exception:

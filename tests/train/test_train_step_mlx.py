@@ -260,8 +260,9 @@ def test_memory_stays_flat_over_the_steps():
         step.evaluate(batches[0])
         mx.synchronize()  # The update goes on when the step is back.
         readings.append(mx.get_active_memory())
-    # On a busy machine an array may be freed a moment late; what is kept at every step would raise the median, too.
-    assert statistics.median(readings[80:]) <= statistics.median(readings[20:80])
+    # An array that is freed a moment late is counted on a busy machine; what keeps a number at every step is seen all the same.
+    steps_between, smallest = 100 - 50, mx.float32.size
+    assert statistics.median(readings[80:]) - statistics.median(readings[20:80]) < steps_between * smallest
 
 
 def test_noise_is_a_function_of_seed_step_and_row_and_never_in_an_evaluation():
