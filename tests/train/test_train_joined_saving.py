@@ -208,7 +208,7 @@ def test_ranks_that_are_lost_give_up_the_checkpoint_that_lacks_a_part(tmp_path):
         def trained(micro_batches: Any, *, schedule: Any) -> Any:
             if schedule.number == 3:
                 threading.Timer(0.2, gate.set).start()
-                ranks.meeting.barrier.abort()
+                ranks.leave()
             return train(micro_batches, schedule=schedule)
 
         loop.step.train = trained
@@ -300,7 +300,7 @@ def test_a_rank_that_finds_no_memory_in_its_evaluation_saves_nothing_without_the
         if ranks.rank == 1:
 
             def evaluate(batch: Any) -> Any:
-                ranks.meeting.barrier.abort()  # What its end does to the others.
+                ranks.leave()
                 raise OutOfMemory("too small")
 
             loop.step.evaluate = evaluate
@@ -348,7 +348,7 @@ def test_who_outlives_a_write_beside_the_training_leaves_the_last_step(tmp_path,
                 if ranks.rank != survivor:
                     assert made.wait(20)
                     gate.set()
-                    ranks.meeting.barrier.abort()
+                    ranks.leave()
                     done.set()
                     raise RuntimeError("dead")
                 made.set()

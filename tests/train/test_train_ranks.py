@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -32,43 +33,68 @@ from hypothesis import strategies as st
 from .conftest import LENGTH, CountingText, Patience, Record
 
 
-class Meeting:
-    """Where the threads of one test tell each other their numbers."""
+class Exchange:
+    """One in which the threads of a test tell each other their numbers."""
 
     def __init__(self, size: int) -> None:
-        self.size = size
         self.barrier = threading.Barrier(size, timeout=20)
         self.values: list[Sequence[float]] = [()] * size
+
+
+class Exchanges:
+    """All of a test, by number; those before a rank is lost are whole for everyone, however late a thread comes to see it."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self._lost_at, self._lock = size, math.inf, threading.Lock()
+        self._made: dict[int, Exchange] = {}
+
+    def __getitem__(self, number: int) -> Exchange:
+        with self._lock:
+            exchange = self._made.setdefault(number, Exchange(self.size))
+            if number >= self._lost_at:
+                exchange.barrier.abort()
+            return exchange
+
+    def lose(self, number: int) -> None:
+        """This one and all later ones fail."""
+        with self._lock:
+            self._lost_at = min(self._lost_at, number)
+            for made, exchange in self._made.items():
+                if made >= number:
+                    exchange.barrier.abort()
 
 
 class ThreadRanks:
     """`Ranks` of one thread; after ``lost_after`` exchanges it is gone for all."""
 
-    def __init__(self, meeting: Meeting, rank: int, *, lost_after: int | None = None) -> None:
-        self.meeting, self.rank, self.size = meeting, rank, meeting.size
+    def __init__(self, made: Exchanges, rank: int, *, lost_after: int | None = None) -> None:
+        self.made, self.rank, self.size = made, rank, made.size
         self.exchanges, self.lost_after, self.waited_seconds = 0, lost_after, 0.0
 
     def gathered(self, values: Sequence[float]) -> np.ndarray:
         if self.exchanges == self.lost_after:
-            self.meeting.barrier.abort()
+            self.leave()
+        exchange = self.made[self.exchanges]
         self.exchanges += 1
-        self.meeting.values[self.rank] = values
+        exchange.values[self.rank] = values
         try:
-            self.meeting.barrier.wait()
-            found = np.array(self.meeting.values, dtype=np.float64)
-            self.meeting.barrier.wait()
+            exchange.barrier.wait()
         except threading.BrokenBarrierError:
             raise RankLost("another process of this run was lost") from None
-        return found
+        return np.array(exchange.values, dtype=np.float64)
+
+    def leave(self) -> None:
+        """What the end of this process does to the others."""
+        self.made.lose(self.exchanges)
 
 
 def on_ranks(size: int, work: Callable[[ThreadRanks], Any], *, lost_after: int | None = None) -> list[Any]:
     """What ``work`` returns on each rank, or the exception that it ends with; rank 0 is lost after so many exchanges."""
-    meeting, results = Meeting(size), [None] * size
+    made, results = Exchanges(size), [None] * size
 
     def run(rank: int) -> None:
         try:
-            results[rank] = work(ThreadRanks(meeting, rank, lost_after=lost_after if rank == 0 else None))
+            results[rank] = work(ThreadRanks(made, rank, lost_after=lost_after if rank == 0 else None))
         except Exception as error:
             results[rank] = error
 
