@@ -33,6 +33,13 @@ def rounded_swiglu(gate_up: Tensor, grad_hidden: Tensor) -> tuple[Tensor, Tensor
     return gradient.to(gate_up.dtype), hidden.to(gate_up.dtype)
 
 
+def swiglu_in_place(gate_up: Tensor, hidden: Tensor) -> Tensor:
+    """The gradient alone; the hidden layer lies where its own was."""
+    gradient, own = rounded_swiglu(gate_up, hidden)
+    hidden.copy_(own)
+    return gradient
+
+
 def rotary_formula(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """A rotation is taken back by the one about the opposite angle."""
     parts = [rotate(grad.double(), cos.double(), -sin.double()) for grad in (grad_q, grad_k)] + [grad_v.double()]

@@ -11,7 +11,7 @@ import importlib.util
 import pytest
 import torch
 from anarcho_model.layers import torch_cuda
-from cuda_layers import HALF, check_interpreted, draws, rotary_formula, rounded_swiglu, step
+from cuda_layers import HALF, check_interpreted, draws, rotary_formula, rounded_swiglu, step, swiglu_in_place
 from torch import Tensor, nn
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
@@ -40,9 +40,12 @@ def check_kernels(device: str) -> None:
     for tokens, width, dtype in ((5, 2048, HALF), (7, 1280, torch.float16), (37, 48, HALF), (3, 1337, torch.float32)):
         gate_up, grad = 3 * draws(tokens, 2 * width, seed=1, dtype=dtype), draws(tokens, width, seed=2, dtype=dtype)
         gate_up[0, 0], gate_up[0, 1] = 100, -100
-        found = kernels.swiglu_gradients(gate_up.to(device), grad.to(device))
-        for ours, exact in zip(found, rounded_swiglu(gate_up, grad), strict=True):
-            assert_rounded_once(ours, exact)
+        for by_columns in (False, True):
+            hidden = grad.to(device, copy=True)
+            hidden = hidden.t().contiguous().t() if by_columns else hidden
+            gradient = kernels.swiglu_gradients(gate_up.to(device), hidden)
+            for ours, exact in zip((gradient, hidden.contiguous()), rounded_swiglu(gate_up, grad), strict=True):
+                assert_rounded_once(ours, exact)
     for batch, length, heads, kv_heads, size, rows, dtype in (
         (2, 40, 3, 3, 64, 1, HALF),
         (3, 7, 4, 2, 12, 3, torch.float16),
@@ -76,9 +79,9 @@ def formulas(unchecked_shapes, monkeypatch):
     """The path of CUDA on the CPU, with formulas in the place of kernels; a list of those that were called."""
     calls: list[str] = []
 
-    def swiglu(gate_up: Tensor, grad_hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def swiglu(gate_up: Tensor, hidden: Tensor) -> Tensor:
         calls.append("swiglu")
-        return rounded_swiglu(gate_up, grad_hidden)
+        return swiglu_in_place(gate_up, hidden)
 
     def rotary(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         calls.append("rotary")

@@ -15,7 +15,7 @@ from anarcho_model import InitConfig, ModelConfig
 from anarcho_model.layers import torch_cuda, torch_float8
 from anarcho_model.layers.torch import RMSNorm
 from anarcho_model.torch import GPT
-from cuda_layers import HALF, check_interpreted, draws, rotary_formula, rounded_swiglu, step, swiglu_formula
+from cuda_layers import HALF, check_interpreted, draws, rotary_formula, step, swiglu_formula, swiglu_in_place
 from torch import Tensor, nn
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
@@ -109,7 +109,7 @@ def on_cpu(unchecked_shapes, monkeypatch):
     torch_float8.cast_in_both_orders.register_kernel("cpu")(cast)
     torch_float8.turned.register_kernel("cpu")(turned)
     torch_cuda.pack_rotary_gradients.register_kernel("cpu")(rotary_formula)
-    torch_cuda.swiglu_gradients.register_kernel("cpu")(rounded_swiglu)
+    torch_cuda.swiglu_gradients.register_kernel("cpu")(swiglu_in_place)
     monkeypatch.setattr(torch_cuda, "DEVICE_TYPE", "cpu")
     monkeypatch.setattr(torch_cuda, "AVAILABLE", True)
     monkeypatch.setattr(torch_float8, "MIN_WIDTH", 0)

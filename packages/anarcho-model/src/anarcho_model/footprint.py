@@ -267,6 +267,7 @@ def training_memory(
             frozen=not trained,
             own=0 if gradients_held else gradient,
             widens=compute != gradient or compute != stored,
+            in_place=device == "cuda" and framework == "torch",
         ),
         head_gradient=head if trained and (tied or not gradients_held) else 0,
         embedding_gradient=head * (gradients_held + tied) if trained else 0,
@@ -412,17 +413,21 @@ def _vocabulary_chunk(
     )
 
 
-def _backward_scratch(config: ModelConfig, *, tokens: int, compute: int, frozen: bool, own: int, widens: bool) -> int:
+def _backward_scratch(
+    config: ModelConfig, *, tokens: int, compute: int, frozen: bool, own: int, widens: bool, in_place: bool
+) -> int:
     """The largest moment of the feed-forward layer's backward, beyond its activations.
 
     These are: the last matrix's gradients; its gradient widened, if it is not float32; and the gradients of both factors beside that of
-    their product, which lies in the place of the product itself. ``own`` are the bytes of a number of a gradient that is new.
+    their product, which lies in the place of the product itself. Where layers compiled for CUDA are trained, that is one place in all,
+    ``in_place``. ``own`` are the bytes of a number of a gradient that is new.
     """
     matrix = 0 if frozen else config.dim * config.ffn_size
     product = tokens * compute * config.ffn_size
     cast = tokens * compute * config.dim if compute != FLOAT else 0
     widened = (compute + FLOAT) * matrix if compute != FLOAT and widens else 0
-    return tokens * FLOAT * config.dim + max(product + compute * matrix + cast, widened, 2 * product + own * matrix)
+    factors = product if in_place and not frozen else 2 * product
+    return tokens * FLOAT * config.dim + max(product + compute * matrix + cast, widened, factors + own * matrix)
 
 
 def _check(**sizes: int) -> None:

@@ -3,7 +3,7 @@
 Notable:
 
 * SwiGLU keeps gate and up for backward, side by side as their product made them; the hidden layer is computed again by the kernel that
-  computes their gradient, for the gradient of the weight that reads it;
+  computes their gradient, for the gradient of the weight that reads it, and lies where its own gradient was;
 * the gradients of q, k and v, in whatever order they lie, become that of their joint product in one pass;
 * the layers are operators of their own, which PyTorch's tracers open after they have derived the gradients: with checkpointing they are
   computed again like all others (what a traced `autograd.Function` returns is not, in PyTorch 2.11). Forward is left to the compiler.
@@ -79,7 +79,8 @@ def _swiglu_forward(gate_up: Tensor, weight: Tensor) -> Tensor:
 
 def _swiglu_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     gate_up, weight = ctx.saved_tensors
-    grad_gate_up, hidden = swiglu_gradients(gate_up, grad @ weight)
+    hidden = grad @ weight  # its gradient, until the next line
+    grad_gate_up = swiglu_gradients(gate_up, hidden)
     return grad_gate_up, grad.t() @ hidden
 
 
@@ -138,20 +139,21 @@ _heads_of.register_autograd(_heads_of_backward, setup_context=_save)
 
 @torch.library.custom_op(
     "anarcho_model::swiglu_gradients",
-    mutates_args=(),
+    mutates_args=("hidden",),
     device_types="cuda",
-    schema="(Tensor gate_up, Tensor grad_hidden) -> (Tensor, Tensor)",
+    schema="(Tensor gate_up, Tensor(a!) hidden) -> Tensor",
 )
-def swiglu_gradients(gate_up: Tensor, grad_hidden: Tensor) -> tuple[Tensor, Tensor]:
+def swiglu_gradients(gate_up: Tensor, hidden: Tensor) -> Tensor:
     """See `torch_cuda_kernels.swiglu_gradients`; Triton is imported where it is used."""
     from anarcho_model.layers import torch_cuda_kernels
 
-    return torch_cuda_kernels.swiglu_gradients(gate_up, grad_hidden)
+    return torch_cuda_kernels.swiglu_gradients(gate_up, hidden)
 
 
 @swiglu_gradients.register_fake
-def _(gate_up: Tensor, grad_hidden: Tensor) -> tuple[Tensor, Tensor]:
-    return gate_up.new_empty(gate_up.shape), grad_hidden.new_empty(grad_hidden.shape)
+def _(gate_up: Tensor, hidden: Tensor) -> Tensor:
+    del hidden
+    return gate_up.new_empty(gate_up.shape)
 
 
 @torch.library.custom_op(

@@ -28,15 +28,14 @@ HEADS_OF_PROGRAM = 4
 @triton.jit
 def _swiglu_kernel(
     gate_up,
-    grad_hidden,
-    grad_gate_up,
     hidden,
+    grad_gate_up,
     tokens,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """h = silu(gate) up, and the gradients of gate and up, which lie side by side, from that of h."""
+    """The gradients of gate and up, which lie side by side, from that of h = silu(gate) up, in whose place h itself is written."""
     blocks: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
     program = tl.program_id(0)
     row = ((program // blocks) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
@@ -45,7 +44,7 @@ def _swiglu_kernel(
     narrow, wide = row * WIDTH + column, row * (2 * WIDTH) + column
     gate = tl.load(gate_up + wide, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + wide + WIDTH, mask=inside, other=0.0).to(tl.float32)
-    grad = tl.load(grad_hidden + narrow, mask=inside, other=0.0).to(tl.float32)
+    grad = tl.load(hidden + narrow, mask=inside, other=0.0).to(tl.float32)
     share = tl.sigmoid(gate)
     silu = gate * share
     kind = hidden.dtype.element_ty
@@ -55,20 +54,20 @@ def _swiglu_kernel(
 
 
 def swiglu_gradients(
-    gate_up: Float[Tensor, "tokens both"], grad_hidden: Float[Tensor, "tokens hidden"]
-) -> tuple[Float[Tensor, "tokens both"], Float[Tensor, "tokens hidden"]]:
-    """The gradient of gate and up, side by side, and the hidden layer h = silu(gate) up itself, from the gradient of h."""
-    gate_up, grad_hidden = gate_up.contiguous(), grad_hidden.contiguous()
-    grad_gate_up, hidden = torch.empty_like(gate_up), torch.empty_like(grad_hidden)
-    tokens, width = grad_hidden.shape
+    gate_up: Float[Tensor, "tokens both"], hidden: Float[Tensor, "tokens hidden"]
+) -> Float[Tensor, "tokens both"]:
+    """The gradient of gate and up, side by side, from that of the hidden layer h = silu(gate) up; where this was, there is then h."""
+    gate_up, dense = gate_up.contiguous(), hidden.contiguous()
+    grad_gate_up = torch.empty_like(gate_up)
+    tokens, width = dense.shape
     columns = width & -width  # the largest power of two that divides it needs no mask
     columns = min(columns if columns >= TILE // 8 else triton.next_power_of_2(width), TILE)
     rows = TILE // columns
     grid = (triton.cdiv(tokens, rows) * triton.cdiv(width, columns),)
-    _swiglu_kernel[grid](
-        gate_up, grad_hidden, grad_gate_up, hidden, tokens, WIDTH=width, ROWS=rows, COLUMNS=columns, num_warps=WARPS
-    )
-    return grad_gate_up, hidden
+    _swiglu_kernel[grid](gate_up, dense, grad_gate_up, tokens, WIDTH=width, ROWS=rows, COLUMNS=columns, num_warps=WARPS)
+    if dense is not hidden:
+        hidden.copy_(dense)
+    return grad_gate_up
 
 
 @triton.jit
