@@ -4,8 +4,8 @@
 
 A job is `context:batch:optimizer`, and what else is set for it: `:checkpointing` if each block keeps its input alone, `:lean` for our
 weights and state in bfloat16, `:at_once` for our updates within the backward pass (without clipping), `:layers=24` or `:dim=1536` for
-another size (heads have 64 columns). Both sides make whole optimizer steps on the same random tokens, compiled, matrix products in
-bfloat16, weights and optimizer state in float32:
+another size (heads have 64 columns), `:documents=8` for so many documents in a sequence that do not see each other (ours alone). Both
+sides make whole optimizer steps on the same random tokens, compiled, matrix products in bfloat16, weights and optimizer state in float32:
 
 * ours is the trainer's own step: clipping included, and the loss read after every step, with the temporary memory that a run gives its
   optimizer; `muon` is this project's optimizer, and so is `adamw`, with every parameter in its AdamW half; `forecast` is what a run would
@@ -79,6 +79,7 @@ class Job:
     checkpointing: bool = False
     lean: bool = False
     at_once: bool = False
+    documents: int = 1
 
     @classmethod
     def parse(cls, text: str, *, layers: int, dim: int) -> Job:
@@ -87,9 +88,10 @@ class Job:
         options: dict[str, Any] = {"layers": layers, "dim": dim}
         for setting in settings:
             key, _, value = setting.partition("=")
-            if key not in cls.__dataclass_fields__ or (key in options) != bool(value):
+            counted = key in ("layers", "dim", "documents")
+            if key not in cls.__dataclass_fields__ or counted != bool(value):
                 raise ValueError(
-                    f"the job {text} has {setting}; expected checkpointing, lean, at_once, layers=N or dim=N"
+                    f"the job {text} has {setting}; expected checkpointing, lean, at_once, layers=N, dim=N or documents=N"
                 )
             options[key] = int(value) if value else True
         if optimizer not in ("muon", "adamw"):
@@ -104,6 +106,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     rows = []
     for text in options.jobs:
         job = Job.parse(text, layers=options.layers, dim=options.dim)
+        if job.documents > 1 and "transformers" in options.sides:
+            raise ValueError(f"the job {text} has several documents in a sequence; expected --sides ours")
         rows.append({"job": text, "ceiling TFLOP/s": round(ceiling / 1e12, 1), **_measure(job, ceiling, options)})
         print(json.dumps(rows[-1]), flush=True)
     if options.json:
@@ -262,10 +266,25 @@ def our_step(
         shards=shards,
     )
     batches = [
-        Batch(tokens=part[:, :-1], targets=part[:, 1:], weights=np.ones(part[:, 1:].shape, dtype=np.float32))
+        Batch(
+            tokens=part[:, :-1],
+            targets=part[:, 1:],
+            weights=np.ones(part[:, 1:].shape, dtype=np.float32),
+            **(_documents(job, len(part)) if job.documents > 1 else {}),
+        )
         for part in np.split(ids, micro_batches)
     ]
     return lambda: trainer.train(batches, schedule=StepSchedule(lr_scale=1.0))
+
+
+def _documents(job: Job, rows: int) -> dict[str, np.ndarray]:
+    """Segments and positions of documents of random lengths, as many in each row as the job says."""
+    starts = np.zeros((rows, job.context), dtype=np.int32)
+    for row, random in zip(starts, np.random.default_rng(0).spawn(rows), strict=True):
+        row[1 + random.choice(job.context - 1, job.documents - 1, replace=False)] = 1
+    place = np.arange(job.context, dtype=np.int32)
+    begun = np.maximum.accumulate(np.where(starts, place, 0), axis=1)
+    return {"segments": starts.cumsum(1, dtype=np.int32), "positions": place - begun}
 
 
 def _in_shards(model: GPT, ranks: TorchRanks, options: argparse.Namespace) -> Shards:
@@ -292,6 +311,7 @@ def forecast(
         gradients_held=gradients_held,
         gradients_freed=job.at_once,
         narrow_gradients=shards is None,
+        segments=job.documents > 1,
         device="cuda",
         shards=shards,
         **{key: size // 2 if job.lean else size for key, size in state.items()},

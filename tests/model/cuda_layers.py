@@ -7,10 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
+from anarcho_model.layers import torch_cuda
 from anarcho_model.layers.torch_rotary import rotate
 from torch import Tensor
+from torch.nn.attention import flex_attention
 
 HALF = torch.bfloat16
 
@@ -44,6 +47,13 @@ def rotary_formula(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, 
     """A rotation is taken back by the one about the opposite angle."""
     parts = [rotate(grad.double(), cos.double(), -sin.double()) for grad in (grad_q, grad_k)] + [grad_v.double()]
     return torch.cat(parts, dim=1).transpose(1, 2).flatten(2).flatten(0, 1).to(grad_q.dtype)
+
+
+def stand_in_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled for CUDA serves the CPU, where FlexAttention would refuse gradients, though it has them as formulas."""
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
+    monkeypatch.setattr(torch_cuda, "DEVICE_TYPE", "cpu")
+    monkeypatch.setattr(torch_cuda, "AVAILABLE", True)
 
 
 def check_interpreted(file: str) -> None:

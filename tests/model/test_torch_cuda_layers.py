@@ -11,7 +11,16 @@ import importlib.util
 import pytest
 import torch
 from anarcho_model.layers import torch_cuda
-from cuda_layers import HALF, check_interpreted, draws, rotary_formula, rounded_swiglu, step, swiglu_in_place
+from cuda_layers import (
+    HALF,
+    check_interpreted,
+    draws,
+    rotary_formula,
+    rounded_swiglu,
+    stand_in_for_cuda,
+    step,
+    swiglu_in_place,
+)
 from torch import Tensor, nn
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
@@ -89,8 +98,7 @@ def formulas(unchecked_shapes, monkeypatch):
 
     torch_cuda.swiglu_gradients.register_kernel("cpu")(swiglu)
     torch_cuda.pack_rotary_gradients.register_kernel("cpu")(rotary)
-    monkeypatch.setattr(torch_cuda, "DEVICE_TYPE", "cpu")
-    monkeypatch.setattr(torch_cuda, "AVAILABLE", True)
+    stand_in_for_cuda(monkeypatch)
     torch._dynamo.reset()
     yield calls
     torch._dynamo.reset()

@@ -15,7 +15,16 @@ from anarcho_model import InitConfig, ModelConfig
 from anarcho_model.layers import torch_cuda, torch_float8
 from anarcho_model.layers.torch import RMSNorm
 from anarcho_model.torch import GPT
-from cuda_layers import HALF, check_interpreted, draws, rotary_formula, step, swiglu_formula, swiglu_in_place
+from cuda_layers import (
+    HALF,
+    check_interpreted,
+    draws,
+    rotary_formula,
+    stand_in_for_cuda,
+    step,
+    swiglu_formula,
+    swiglu_in_place,
+)
 from torch import Tensor, nn
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
@@ -110,8 +119,7 @@ def on_cpu(unchecked_shapes, monkeypatch):
     torch_float8.turned.register_kernel("cpu")(turned)
     torch_cuda.pack_rotary_gradients.register_kernel("cpu")(rotary_formula)
     torch_cuda.swiglu_gradients.register_kernel("cpu")(swiglu_in_place)
-    monkeypatch.setattr(torch_cuda, "DEVICE_TYPE", "cpu")
-    monkeypatch.setattr(torch_cuda, "AVAILABLE", True)
+    stand_in_for_cuda(monkeypatch)
     monkeypatch.setattr(torch_float8, "MIN_WIDTH", 0)
     monkeypatch.setattr(torch_float8, "MIN_SWIGLU_WIDTH", 0)
     torch._dynamo.reset()

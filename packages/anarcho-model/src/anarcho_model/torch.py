@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 from anarcho_model.config import InitConfig, ModelConfig
 from anarcho_model.errors import ContextError
+from anarcho_model.layers import torch_documents
 from anarcho_model.layers.torch import AttentionContext, Block, LayerCache, RMSNorm, RotaryTables, compute_dtype, widen
 from anarcho_model.logprobs.chunks import default_chunk_bytes
 from anarcho_model.logprobs.torch import chunked_logprobs
@@ -287,11 +288,14 @@ class GPT(nn.Module):
             cos, sin = self.model.rotary(positions, length=length)
             return AttentionContext(cos=cos, sin=sin, mask=mask, positions=positions, extent=extent)
         cos, sin = self.model.rotary(positions, length=length)
-        mask = None
-        if segments is not None:
+        mask = documents = None
+        compiled = torch.compiler.is_compiling() or self.compiled_parts is not None
+        if segments is not None and torch_documents.suits(segments, head_size=self.config.head_size, compiled=compiled):
+            documents = torch_documents.document_blocks(segments)
+        elif segments is not None:
             causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
             mask = (segments[:, None, :, None] == segments[:, None, None, :]) & causal
-        return AttentionContext(cos=cos, sin=sin, mask=mask, float8=self.float8)
+        return AttentionContext(cos=cos, sin=sin, mask=mask, documents=documents, float8=self.float8)
 
 
 @functools.cache

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from anarcho_model.config import ModelConfig
-from anarcho_model.layers import torch_cpu, torch_cuda, torch_float8
+from anarcho_model.layers import torch_cpu, torch_cuda, torch_documents, torch_float8
 from anarcho_model.layers.torch_rotary import RotaryTables, rotate
 
 __all__ = ["AttentionContext", "Block", "LayerCache", "RMSNorm", "RotaryTables", "compute_dtype", "widen"]
@@ -109,7 +109,9 @@ class AttentionContext(NamedTuple):
     sin: Float[Tensor, "rows 1 length half"]
     """Sines of the rotary angles."""
     mask: Bool[Tensor, "batch 1 length extent"] | None = None
-    """True where a query may see a key; None means plain causal attention."""
+    """True where a query may see a key; None means plain causal attention, unless there are `documents`."""
+    documents: torch_documents.DocumentBlocks | None = None
+    """In place of a mask, where `torch_documents` suits: what of each block of a row belongs to the documents of another."""
     positions: Int[Tensor, "batch length"] | None = None
     """With a cache: where the new tokens are stored."""
     extent: int = 0
@@ -173,7 +175,8 @@ class Attention(nn.Module):
         if self.kv_heads != self.heads:  # repeated here, because not every device's kernel takes grouped heads
             group = self.heads // self.kv_heads
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-        mixed = attend(q, k, v, mask=context.mask)
+        blocks = context.documents
+        mixed = attend(q, k, v, mask=context.mask) if blocks is None else torch_documents.attend(q, k, v, blocks)
         joined = mixed.transpose(1, 2).reshape(batch * length, -1)
         if limit is not None and torch_float8.suits_linear(joined, self.o_proj, dtype=joined.dtype):
             return torch_float8.linear(joined, self.o_proj.weight).view(batch, length, dim)
