@@ -221,7 +221,7 @@ class GPT(nn.Module):
             if cache is not None:
                 x, added = block(x, context, cache.layers[index], added=added)
             elif self.gradient_checkpointing:
-                x, added = _checkpointed(block, x if added is None else x + added, context)
+                x = _checkpointed(block, x, context)
             else:
                 x, added = block(x, context, added=added)
         if cache is not None:
@@ -307,14 +307,18 @@ def _additive(visible: mx.array, dtype: mx.Dtype) -> mx.array:
     return mx.where(visible, mx.array(0, dtype), mx.array(-math.inf, dtype))
 
 
-def _checkpointed(block: Block, x: mx.array, context: AttentionContext) -> tuple[mx.array, mx.array]:
-    """The block's outputs, of which backward keeps the input alone; the parameters are inputs, or they had no gradient."""
+def _checkpointed(block: Block, x: mx.array, context: AttentionContext) -> mx.array:
+    """The block's sum of all, of which backward keeps the input alone; the parameters are inputs, or they had no gradient.
 
-    def run(parameters: dict, x: mx.array) -> tuple[mx.array, mx.array]:
+    It is one array, the next block's input, because MLX keeps all outputs of what is checkpointed until their backward.
+    """
+
+    def run(parameters: dict, x: mx.array) -> mx.array:
         own = block.trainable_parameters()
         block.update(parameters)
         try:
-            return block(x, context)
+            stream, added = block(x, context)
+            return stream + added
         finally:
             block.update(own)
 
