@@ -313,6 +313,7 @@ def forecast(
         narrow_gradients=shards is None,
         segments=job.documents > 1,
         device="cuda",
+        compiled=True,
         shards=shards,
         **{key: size // 2 if job.lean else size for key, size in state.items()},
     )

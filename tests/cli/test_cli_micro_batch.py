@@ -204,16 +204,25 @@ def test_a_probe_s_end_takes_nothing_of_what_it_has_told(ending, failure, out_of
     assert found == Probed(peaks={1: 7}, failure=failure, out_of_memory=out_of_memory)
 
 
+TINY = [
+    "model.num_layers=1",
+    "model.dim=64",
+    "model.num_heads=1",
+    "tokenizer.vocab_size=512",
+    "train.sequence_length=64",
+    "train.batch_tokens=2048",
+]
+
+
+def test_a_probe_measures_steps_without_8_bit_products_which_are_compiled():
+    config = config_of(*TINY, "train.precision=auto", "train.compile=on", "train.float8=true")
+    found = probe(config, (2,), **PLACE)
+    assert (found.failure, list(found.peaks)) == ("", [2])
+
+
 def test_a_probe_measures_whole_steps_of_pairs_in_a_process_of_its_own():
     pytest.importorskip("mlx.core")
-    tiny = [
-        "model.num_layers=1",
-        "model.dim=64",
-        "model.num_heads=1",
-        "tokenizer.vocab_size=512",
-        "train.sequence_length=64",
-    ]
-    config = config_of(*tiny, "train.batch_tokens=2048", preset="preference")
+    config = config_of(*TINY, preset="preference")
     place = {"backend": "mlx", "device": "cpu"}
     found = probe(with_size(config, micro_batch=4, checkpointing=False), (2, 16), **place)
     assert (found.failure, sorted(found.peaks)) == ("", [2, 16])

@@ -245,6 +245,21 @@ def test_only_a_heap_has_slack_and_hardly_any_where_freed_memory_is_returned():
     assert cuda.total == cuda.weights + cuda.optimizer + cuda.transient
 
 
+def test_kernels_of_layers_that_are_compiled_for_cuda_have_no_mask_and_one_gradient_less_at_once():
+    """Elsewhere, and uncompiled, the forecast is the same."""
+    shape = {"micro_batch": 2, "length": 1024, "gradient_checkpointing": True, "gradients_held": False}
+
+    def scratch(**options):
+        return training_memory(ModelConfig(), **shape, **options).backward_scratch
+
+    hidden = 2 * 1024 * ModelConfig().ffn_size * 2
+    assert 0 < scratch(device="cuda") - scratch(device="cuda", compiled=True) <= hidden
+    assert scratch(compiled=True) == scratch()
+    assert scratch(framework="mlx", device="cuda", compiled=True) == scratch(framework="mlx", device="cuda")
+    documents = training_memory(ModelConfig(), **shape, device="cuda", compiled=True, segments=True)
+    assert documents == training_memory(ModelConfig(), **shape, device="cuda", compiled=True)
+
+
 def test_an_update_is_a_moment_of_its_own():
     """What it needs besides is free again before the next step's activations are there."""
 

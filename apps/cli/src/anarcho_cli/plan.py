@@ -196,6 +196,7 @@ def _memory(
         adapter=config.lora,
         framework="mlx" if mlx else "torch",
         device=kind,
+        compiled=config.train.compile != "off" and not config.train.float8,
         freed_is_returned=kind == "cpu" and returns_freed_memory(),
         # `auto` makes the copy only where there is room left; a GPU with memory of its own has it elsewhere.
         background_copy=config.train.save_in_background is True and kind != "cuda",

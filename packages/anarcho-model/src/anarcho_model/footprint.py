@@ -158,6 +158,7 @@ def training_memory(
     adapter: LoraConfig | None = None,
     framework: Literal["torch", "mlx"] = "torch",
     device: Literal["cpu", "mps", "cuda"] = "cpu",
+    compiled: bool = False,
     freed_is_returned: bool = False,
     shards: int | None = None,
 ) -> MemoryForecast:
@@ -183,6 +184,7 @@ def training_memory(
         adapter: trained in place of the model's own weights; None, or one of rank 0, trains these.
         framework: whose model it is.
         device: where it computes; `mps` is an Apple GPU in either framework. On `cuda` what is forecast is what the allocator hands out.
+        compiled: whether PyTorch's layers are compiled, which matters where that gives them kernels of their own: on `cuda`, without float8.
         freed_is_returned: on a CPU, whether large freed blocks go back to the system at once.
         shards: of one of several processes (of PyTorch), into how many the model is parted, 1 where each has all of it; None is a process
             alone. What a process computes at once is still `micro_batch`.
@@ -221,7 +223,8 @@ def training_memory(
     own_copy = stored * config.vocab_size * config.dim
     if lora is not None:
         own_copy = max(own_copy, stored * _target_parameters(config, lora))
-    kinds = {"segments": segments, "adapter": lora, "framework": framework, "device": device}
+    own_kernels = compiled and device == "cuda" and framework == "torch"
+    kinds = {"segments": segments and not own_kernels, "adapter": lora, "framework": framework, "device": device}
     block = tokens * block_activation_bytes(config, length=length, compute_dtype_bytes=compute, **kinds)
     logits = 0
     shape = {"vocab_size": config.vocab_size, "chunk_bytes": logits_chunk_bytes}
@@ -267,7 +270,7 @@ def training_memory(
             frozen=not trained,
             own=0 if gradients_held else gradient,
             widens=compute != gradient or compute != stored,
-            in_place=device == "cuda" and framework == "torch",
+            in_place=own_kernels,
         ),
         head_gradient=head if trained and (tied or not gradients_held) else 0,
         embedding_gradient=head * (gradients_held + tied) if trained else 0,

@@ -80,7 +80,7 @@ def measure(order: dict[str, Any]) -> Iterator[dict[str, Any]]:
     measured = library_bytes("off", device, backend, loads_compiler=checkpointing)
     compiler = library_bytes(config.train.compile, device, backend) - measured
     size = order["sizes"][0]
-    first = with_size(config, micro_batch=size, checkpointing=checkpointing, compile="off")
+    first = with_size(config, micro_batch=size, checkpointing=checkpointing, compile="off", float8=False)
     try:
         step = new_step(back_end(backend), first, device=device)
         for size in order["sizes"]:
