@@ -184,7 +184,7 @@ def training_memory(
         adapter: trained in place of the model's own weights; None, or one of rank 0, trains these.
         framework: whose model it is.
         device: where it computes; `mps` is an Apple GPU in either framework. On `cuda` what is forecast is what the allocator hands out.
-        compiled: whether PyTorch's layers are compiled, which matters where that gives them kernels of their own: on `cuda`, without float8.
+        compiled: whether PyTorch's layers are compiled, and not in float8: on `cuda` they have kernels of their own then.
         freed_is_returned: on a CPU, whether large freed blocks go back to the system at once.
         shards: of one of several processes (of PyTorch), into how many the model is parted, 1 where each has all of it; None is a process
             alone. What a process computes at once is still `micro_batch`.

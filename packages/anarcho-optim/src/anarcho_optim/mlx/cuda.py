@@ -155,10 +155,12 @@ write_eight(new_exp_avg_sq + start, squares);
 
 
 def has_matrices(matrices: Sequence[mx.array], gradients: Sequence[mx.array]) -> bool:
-    """Whether the kernels take float32 matrices of one size and gradients of one type, as these should be."""
+    """Whether the kernels take float32 matrices of one size and gradients of one type, as these should be.
+
+    Rows are whole vectors, so that what is a part of the rows of another array lies where vectors are read, too.
+    """
     return (
-        all(m.dtype == mx.float32 and m.ndim == 2 for m in matrices)
-        and matrices[0].size % VECTOR == 0
+        all(m.dtype == mx.float32 and m.ndim == 2 and m.size > 0 and m.shape[1] % VECTOR == 0 for m in matrices)
         and gradients[0].dtype in TYPES
         and len({g.dtype for g in gradients}) == 1
     )
@@ -233,7 +235,8 @@ def move(
 
 def has_adamw(weight: mx.array, gradient: mx.array) -> bool:
     """Whether `adamw` takes these."""
-    return weight.dtype == mx.float32 and weight.size > 0 and weight.size % VECTOR == 0 and gradient.dtype in TYPES
+    whole = weight.ndim > 0 and weight.size > 0 and weight.shape[-1] % VECTOR == 0
+    return whole and weight.dtype == mx.float32 and gradient.dtype in TYPES
 
 
 def adamw(

@@ -72,7 +72,9 @@ def _alike(arrays: Sequence[mx.array]) -> list[list[mx.array]]:
 
 
 def _has_kernel(array: mx.array) -> bool:
-    known = array.dtype in (mx.float32, mx.bfloat16, mx.float16) and array.size > 0 and array.size % VECTOR == 0
+    # Rows of whole vectors: what is a part of the rows of another array lies where vectors are read, too.
+    whole = array.ndim > 0 and array.size > 0 and array.shape[-1] % VECTOR == 0
+    known = whole and array.dtype in (mx.float32, mx.bfloat16, mx.float16)
     return known and mx.default_device() == mx.gpu and mx.cuda.is_available()
 
 
