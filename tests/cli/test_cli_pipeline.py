@@ -23,6 +23,7 @@ from anarcho_cli.pipeline.command_line import toml_text
 from anarcho_cli.pipeline.definition import load_pipeline
 from anarcho_cli.pipeline.execution import Outcome, run_pipeline
 from anarcho_cli.pipeline.planning import make_plan
+from anarcho_cli.pipeline.setting_values import check_values
 from anarcho_cli.pipeline.state import load_state
 from hypothesis import given
 from hypothesis import strategies as st
@@ -180,6 +181,35 @@ def test_stages_run_in_order_with_the_places_of_what_they_use(chain: Chain) -> N
         ["data", "prepare", f"--tokenizer={out}/vocabulary", f"--out={out}/shards", "--kind=text", "--set", source],
     ]
     assert json.loads((out / "scores" / "report.json").read_text()) == {"score": 1}
+
+
+def test_a_pretraining_goes_on_with_a_model_and_begins_with_a_tokenizer(chain: Chain) -> None:
+    model = chain.root / "given"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    words = '[[stage]]\nname = "words"\ncommand = "tokenizer"\n'
+    one = '[[stage]]\nname = "one"\ncommand = "pretrain"\nfrom = "words"\n'
+    two = '[[stage]]\nname = "two"\ncommand = "pretrain"\nfrom = "one"\n'
+    three = f'[[stage]]\nname = "three"\ncommand = "pretrain"\nfrom = "{model}"\n'
+    four = f'[[stage]]\nname = "four"\ncommand = "pretrain"\nfrom = "{chain.root}/"\n'
+    chain.write(words + one + two + three + four)
+    chain.run()
+    out = chain.directory
+    bases = [f"--tokenizer={out}/words", f"--from={out}/one", f"--from={model}", f"--tokenizer={chain.root}"]
+    assert [call[1] for call in chain.calls()[1:]] == bases
+
+
+def test_values_of_a_stage_that_goes_on_with_a_model_are_looked_at_without_that(tmp_path: Path) -> None:
+    """Its shape is not known yet, and what is in a file of another stage is not either."""
+    file = tmp_path / "chain.toml"
+    stages = (
+        '[[stage]]\nname = "base"\ncommand = "pretrain"\nset.model.context_length = 4096\nset.train.sequence_length = 4096\n',
+        '[[stage]]\nname = "a"\ncommand = "sft"\nfrom = "base"\nset.train.sequence_length = 4096\n',
+        '[[stage]]\nname = "b"\ncommand = "sft"\nfrom = "base"\noptions.config = "stage:base/x.toml"\nset.train.steps = 3\n',
+        '[[stage]]\nname = "c"\ncommand = "pretrain"\nset.data.source = "stage:base/text"\n',
+    )
+    file.write_text("".join(stages))
+    check_values(load_pipeline(file))
 
 
 def test_nothing_runs_again_where_nothing_changed(chain: Chain) -> None:
@@ -387,6 +417,13 @@ BAD = {
     PREFIX + "name = 'a'\ncommand = 'sft'\nfrom = ['base', 'base']": "expected one for sft",
     PREFIX + "name = 'a'\ncommand = 'pretrain'\noptions = {tokenizer = 'stage:bse'}": "(did you mean 'base'?)",
     PREFIX + "name = 'a'\ncommand = 'pretrain'\nfrom = 'base'\noptions = {tokenizer = 'x'}": "both `from` and",
+    PREFIX + "name = 'a'\ncommand = 'pretrain'\nfrom = 'base'\noptions = {from = 'x'}": "both `from` and options.from",
+    PREFIX
+    + "name = 'a'\ncommand = 'sft'\nfrom = 'base'\nset.train.steps = 'x'": "stage 'a': --set: train.steps is \"x\"; expected",
+    "[[stage]]\nname = 'a'\ncommand = 'pretrain'\nset.model.num_layers = 0": "num_layers is 0",
+    "[[stage]]\nname = 'a'\ncommand = 'pretrain'\nset.train.float8 = true": "train.float8 is true and train.compile is 'off'",
+    "[[stage]]\nname = 'a'\ncommand = 'tokenizer'\nset.tokenizer.vocab_size = 'many'": 'tokenizer.vocab_size is "many"',
+    "[[stage]]\nname = 'a'\ncommand = 'pretrain'\noptions = {preset = 'quick'}\nset.train.steps = 1": "did you mean 'quickstart'?",
 }
 
 

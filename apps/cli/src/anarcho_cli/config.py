@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -166,9 +166,20 @@ def resolve(
     `tokenizer.vocab_size` unless a layer gives it, and `train.sequence_length` follows `model.context_length`.
     Raises ConfigError (or the package's ValueError) in one sentence that names the layer and the key.
     """
+    return _from_layers([*_layers(preset, file, overrides), *options])
+
+
+def check_sections(
+    names: Iterable[str], *, preset: str | None = None, file: Path | None = None, overrides: Sequence[str] = ()
+) -> None:
+    """Raises what `resolve` would about these sections, each by itself: of a run whose other sections are not known yet."""
+    _sections_of(_layers(preset, file, overrides), names)
+
+
+def _layers(preset: str | None, file: Path | None, overrides: Sequence[str]) -> list[Layer]:
     layers = [] if preset is None else [preset_layer(preset)]
     layers += [] if file is None else [file_layer(file)]
-    return _from_layers([*layers, set_layer(overrides), *options])
+    return [*layers, set_layer(overrides)]
 
 
 def loads(text: str, *, origin: str) -> RunConfig:
@@ -182,19 +193,24 @@ def load(path: Path) -> RunConfig:
 
 
 def _from_layers(layers: Sequence[Layer]) -> RunConfig:
+    built = _sections_of(layers, SECTIONS)
+    if built["train"].sequence_length is None:
+        built["train"] = dataclasses.replace(built["train"], sequence_length=built["model"].context_length)
+    return RunConfig(**built)
+
+
+def _sections_of(layers: Sequence[Layer], names: Iterable[str]) -> dict[str, Any]:
     for layer in layers:
         _check_names(layer)
     sections, origins = merge(_with_one_length(layers))
     built: dict[str, Any] = {}
-    for section in sorted(SECTIONS, key=lambda name: name != "tokenizer"):
+    for section in sorted(names, key=lambda name: name != "tokenizer"):
         values = dict(sections.get(section, {}))
-        if section == "model":
+        if section == "model" and "tokenizer" in built:
             values.setdefault("vocab_size", built["tokenizer"].vocab_size)
         origin = {key: origins.get((section, key), "tokenizer.vocab_size") for key in values}
         built[section] = schema.build(section, SECTIONS[section], values, origin)
-    if built["train"].sequence_length is None:
-        built["train"] = dataclasses.replace(built["train"], sequence_length=built["model"].context_length)
-    return RunConfig(**built)
+    return built
 
 
 def _with_one_length(layers: Sequence[Layer]) -> list[Layer]:

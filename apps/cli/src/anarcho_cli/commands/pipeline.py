@@ -45,11 +45,13 @@ def run(
     from anarcho_cli.output import duration_text, note, print_json
     from anarcho_cli.pipeline.definition import load_pipeline
     from anarcho_cli.pipeline.execution import default_directory, run_pipeline
+    from anarcho_cli.pipeline.setting_values import check_values
     from anarcho_cli.pipeline.summary import trial_command
 
     pipeline = load_pipeline(
         file, options=lambda words: _options_of(ctx.find_root().command, words), overrides=overrides or []
     )
+    check_values(pipeline)
     directory = directory or default_directory(pipeline)
     if dry_run:
         _print_plan(pipeline, directory, start=start, json=json)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from anarcho_cli.pipeline.definition import REFERENCE, Pipeline, Stage, is_path, reference_name
-from anarcho_cli.pipeline.stage_commands import Output, tokenizer_of
+from anarcho_cli.pipeline.stage_commands import MODELS, Output, tokenizer_of
 
 
 def arguments(pipeline: Pipeline, stage: Stage, directory: Path, *, resume: bool = False) -> list[str]:
@@ -32,14 +32,21 @@ def arguments(pipeline: Pipeline, stage: Stage, directory: Path, *, resume: bool
 
 
 def _base(pipeline: Pipeline, stage: Stage, directory: Path) -> list[str]:
-    option = stage.command.base_option
     line: list[str] = []
     for base in stage.bases:
         place = Path(base) if is_path(base) else directory / base
-        if stage.command.base == "tokenizer" and not is_path(base):
+        option = stage.command.base_option(is_model=is_model(pipeline, base))
+        if option == "tokenizer" and not is_path(base):
             place = tokenizer_of(pipeline.command_of(base), place)
         line.append(str(place) if option is None else f"--{option}={place}")
     return line
+
+
+def is_model(pipeline: Pipeline, base: str) -> bool:
+    """Whether what a stage is `from` has a model: a stage that makes one, or the path of a run or of a model."""
+    if is_path(base):
+        return any((Path(base) / name).is_file() for name in ("config.toml", "config.json"))
+    return pipeline.command_of(base) in MODELS
 
 
 def _place(stage: Stage, directory: Path) -> list[str]:

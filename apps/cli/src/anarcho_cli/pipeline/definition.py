@@ -250,9 +250,10 @@ class _Reader:
         return settings
 
     def _check_bases(self, stage: Stage) -> None:
-        command, option = stage.command, stage.command.base_option
+        command = stage.command
+        given = [option for option in command.base_options if option in stage.options]
         if not stage.bases:
-            if command.needs_base and (option is None or option not in stage.options):
+            if command.needs_base and not given:
                 raise PipelineError(
                     f"{self.place} needs `from`; expected the name of an earlier stage whose command is "
                     f"{' or '.join(command.accepts)}"
@@ -260,8 +261,8 @@ class _Reader:
             return
         if command.base == "none":
             raise PipelineError(f"{self.place}: {stage.command_name} starts from nothing; leave `from` out")
-        if option in stage.options:
-            raise PipelineError(f"{self.place} gives both `from` and options.{option}; leave one out")
+        if given:
+            raise PipelineError(f"{self.place} gives both `from` and options.{given[0]}; leave one out")
         if len(stage.bases) > 1 and not command.many:
             raise PipelineError(
                 f"{self.place} is from {len(stage.bases)} stages; expected one for {stage.command_name}"

@@ -35,8 +35,8 @@ class StageCommand:
     """The command on the command line."""
     output: Output
     """What it leaves behind."""
-    base: Literal["option", "argument", "tokenizer", "none"]
-    """How it is told the stage that it is `from`: --from, its argument, or --tokenizer."""
+    base: Literal["option", "argument", "tokenizer", "either", "none"]
+    """How it is told the stage that it is `from`: --from, its argument, --tokenizer, or --from of a model and --tokenizer of another."""
     accepts: tuple[str, ...] = MODELS
     """The commands that stage may have."""
     needs_base: bool = True
@@ -45,6 +45,10 @@ class StageCommand:
     """Whether it takes several."""
     continues: bool = False
     """Whether the same command goes on where it was interrupted; runs do so in any case."""
+    preset: str | None = None
+    """The preset with which it begins, if it has any."""
+    preset_with_model: str | None = None
+    """The same where it goes on with a model."""
     configured: bool = True
     """Whether it reads the configuration of runs, so that the keys of `set` are known."""
 
@@ -54,9 +58,13 @@ class StageCommand:
         return self.continues or self.output is Output.run
 
     @property
-    def base_option(self) -> str | None:
-        """The option that names the base, where it is one."""
-        return {"option": "from", "tokenizer": "tokenizer"}.get(self.base)
+    def base_options(self) -> tuple[str, ...]:
+        """The options that may name the base, where it is one."""
+        return {"option": ("from",), "tokenizer": ("tokenizer",), "either": ("from", "tokenizer")}.get(self.base, ())
+
+    def base_option(self, *, is_model: bool) -> str | None:
+        """The option that names this base, where it is one."""
+        return (self.base_options or (None,))[0 if is_model else -1]
 
 
 COMMANDS: dict[str, StageCommand] = {
@@ -71,10 +79,16 @@ COMMANDS: dict[str, StageCommand] = {
         continues=True,
     ),
     "pretrain": StageCommand(
-        words=("pretrain",), output=Output.run, base="tokenizer", accepts=("tokenizer", *MODELS), needs_base=False
+        words=("pretrain",),
+        output=Output.run,
+        base="either",
+        accepts=("tokenizer", *MODELS),
+        needs_base=False,
+        preset="quickstart",
+        preset_with_model="continued",
     ),
-    "sft": StageCommand(words=("sft",), output=Output.run, base="option"),
-    "preference": StageCommand(words=("preference",), output=Output.run, base="option"),
+    "sft": StageCommand(words=("sft",), output=Output.run, base="option", preset_with_model="sft"),
+    "preference": StageCommand(words=("preference",), output=Output.run, base="option", preset_with_model="preference"),
     "eval": StageCommand(words=("eval",), output=Output.report, base="argument", many=True, configured=False),
     "export": StageCommand(words=("export",), output=Output.directory, base="argument", accepts=RUNS, configured=False),
 }
