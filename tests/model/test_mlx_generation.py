@@ -19,7 +19,7 @@ from anarcho_model.weights import save_pretrained
 
 mx = pytest.importorskip("mlx.core")
 
-from anarcho_model.errors import ContextError  # noqa: E402
+from anarcho_model.errors import ContextError, NotFiniteError  # noqa: E402
 from anarcho_model.generate import mlx as mlx_side  # noqa: E402
 from anarcho_model.generate.drafted.mlx import DraftModel  # noqa: E402
 from anarcho_model.generate.engine.mlx import Engine  # noqa: E402
@@ -214,3 +214,60 @@ def test_an_engine_made_in_one_thread_steps_in_another(small):
     assert [ids(request) for request in requests] == [
         list(mlx_side.generate(small, prompt, config=SAMPLED)) for prompt in PROMPTS
     ]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"temperature": value} for value in (1e-30, 2.0**-126, 1e-45, 1e-300)),
+        *({"top_p": value} for value in (1e-30, 1e-50, 5e-324)),
+        {"temperature": 1e-300, "top_k": 2, "top_p": 1e-50, "min_p": 1e-300},
+        {"min_p": 1.0},
+        {"top_k": 1},
+    ],
+    ids=str,
+)
+def test_the_likeliest_token_stays_however_little_is_kept(settings):
+    logits = 3 * torch.randn(4, 30, generator=torch.Generator().manual_seed(1))
+    found = mlx_side.next_token_probabilities(mx.array(logits.numpy()), config=SamplingConfig(**settings))
+    np.testing.assert_array_equal(np.array(found), np.eye(30)[logits.argmax(-1)])
+
+
+def test_a_temperature_that_float32_cannot_hold_draws_as_temperature_0_does():
+    tied, config = mx.array([[0.0, 2.0, 1.0, 2.0]]), SamplingConfig(temperature=1e-300)
+    assert {mlx_side.draw_tokens(tied, configs=[config], generators=[seeded_generator(n)])[0] for n in range(9)} == {1}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("spoilt", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_an_error_in_place_of_a_token(temperature, spoilt):
+    logits = mx.zeros((2, 9))
+    logits[1, 4] = spoilt
+    config = SamplingConfig(temperature=temperature, top_k=5, top_p=0.9, min_p=0.1)
+    assert mlx_side.draw_tokens(logits[:1], configs=[config], generators=[seeded_generator(0)])[0] < 9
+    with pytest.raises(NotFiniteError, match="logits are NaN or infinite"):
+        mlx_side.draw_tokens(logits, configs=[config] * 2, generators=[seeded_generator(0)] * 2)
+    ruled_out = mx.array([[-mx.inf, 0.0, -mx.inf]])
+    assert mlx_side.draw_tokens(ruled_out, configs=[config], generators=[seeded_generator(0)]) == [1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("bits", [None, 8])
+def test_a_request_whose_numbers_are_not_finite_fails_alone_and_leaves_nothing_behind(
+    build, tmp_path, temperature, bits
+):
+    save_pretrained(build(dim=64, num_heads=2, tie_embeddings=False), tmp_path, eos_token_id=7, pad_token_id=None)
+    model = load_pretrained(tmp_path)
+    model.model.embed_tokens.weight[66] = mx.nan
+    config = SamplingConfig(max_new_tokens=12, temperature=temperature, seed=3, stop_token_ids=(66,))
+    engine = Engine(model, slots=2, stepping=partial(Stepper, kv_bits=bits))
+    spoilt = engine.submit([4, 66, 5, 66, 6, 7], config=config, top_logprobs=2)
+    others = [engine.submit(prompt, config=config) for prompt in ([7, 8], [4, 1], [2, 3])]
+    engine.run()
+    assert (spoilt.ended_by, spoilt.tokens) == ("failed", [])
+    expected = [list(mlx_side.generate(model, request.prompt, config=config, kv_bits=bits)) for request in others]
+    assert [ids(request) for request in others] == expected
+    with pytest.raises(NotFiniteError):
+        list(mlx_side.generate(model, [66], config=config, kv_bits=bits))
+    with pytest.raises(NotFiniteError):
+        mlx_side.generate_batch(model, [[1], [66]], config=config, kv_bits=bits)

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from anarcho_model.errors import NotFiniteError
 from anarcho_model.generate.engine.torch import Engine, NewToken
 from anarcho_model.generate.sampling import SamplingConfig, SamplingError
 from anarcho_model.generate.torch import generate, next_token_probabilities
@@ -215,3 +216,22 @@ def test_requests_may_come_from_other_threads_while_the_engine_runs(small_model)
         engine.step()
     assert len(requests) == 8
     assert all(ids(request) == list(generate(small_model, PROMPTS[0], config=GREEDY)) for request in requests)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_request_whose_numbers_are_not_finite_fails_alone_and_leaves_nothing_behind(build, temperature):
+    model = build(tie_embeddings=False)
+    model.model.embed_tokens.weight[66] = torch.nan
+    config = SamplingConfig(max_new_tokens=12, temperature=temperature, seed=3, stop_token_ids=(66,))
+    engine, ended = Engine(model, slots=2), []
+    spoilt = engine.submit([4, 66, 5, 66, 6, 7], config=config, top_logprobs=2, on_token=ended.append)
+    others = [engine.submit(prompt, config=config) for prompt in ([7, 8], [4, 1], [2, 3])]
+    engine.run()
+    assert (spoilt.ended_by, spoilt.tokens, ended) == ("failed", [], [None])
+    with pytest.raises(NotFiniteError):
+        list(spoilt)
+    # The second and the third stand in the slots of the first ones, among places that hold what those have read.
+    expected = [list(generate(model, request.prompt, config=config)) for request in others]
+    assert [ids(request) for request in others] == expected
+    assert min(map(len, expected)) > 6

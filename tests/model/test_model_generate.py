@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from anarcho_model.errors import NotFiniteError
+from anarcho_model.generate.drafting import PromptLookup
 from anarcho_model.generate.sampling import SamplingConfig, SamplingError
-from anarcho_model.generate.torch import generate, generate_batch, next_token_probabilities
+from anarcho_model.generate.torch import (
+    draw_tokens,
+    generate,
+    generate_batch,
+    next_token_probabilities,
+    seeded_generator,
+)
 from anarcho_model.torch import ContextError, KVCache
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +25,14 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+LEAST = [
+    *({"temperature": value} for value in (1e-30, 2.0**-126, 1e-45, 1e-300, 5e-324)),
+    *({"top_p": value} for value in (1e-30, 1e-50, 5e-324)),
+    {"min_p": 1.0},
+    {"top_k": 1},
+    {"temperature": 1e-300, "top_k": 2, "top_p": 1e-50, "min_p": 1e-300},
+]
+"""Settings that leave the likeliest token alone, some of which float32 cannot hold."""
 PROMPTS = [[5, 9, 1], [3], [8, 8, 7, 6, 5, 4, 3, 2, 60]]
 
 
@@ -150,3 +166,49 @@ def test_top_p_counts_what_top_k_has_left():
 def test_settings_out_of_range_are_refused_by_their_key(key, value):
     with pytest.raises(SamplingError, match=rf"^sample\.{key} is .*, expected"):
         SamplingConfig(**{key: value})
+
+
+@pytest.mark.parametrize("settings", LEAST, ids=str)
+def test_the_likeliest_token_stays_however_little_is_kept(settings):
+    logits = 3 * torch.randn(4, 30, generator=torch.Generator().manual_seed(1))
+    found = next_token_probabilities(logits, config=SamplingConfig(**settings))
+    assert torch.equal(found, torch.nn.functional.one_hot(logits.argmax(-1), 30).float())
+
+
+def test_a_temperature_that_float32_cannot_hold_draws_as_temperature_0_does():
+    tied = torch.tensor([[0.0, 2.0, 1.0, 2.0]])
+    for temperature in (1e-300, 2.0**-127, 0.0):
+        config = SamplingConfig(temperature=temperature, min_p=0.5)
+        assert {draw_tokens(tied, configs=[config], generators=[seeded_generator(n)])[0] for n in range(9)} == {1}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("spoilt", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_an_error_in_place_of_a_token(temperature, spoilt):
+    logits = torch.zeros(2, 9)
+    logits[1, 4] = spoilt
+    config = SamplingConfig(temperature=temperature, top_k=5, top_p=0.9, min_p=0.1)
+    assert draw_tokens(logits[:1], configs=[config], generators=[seeded_generator(0)])[0] < 9
+    with pytest.raises(NotFiniteError, match=r"logits are NaN or infinite, expected finite .* checkpoint"):
+        draw_tokens(logits, configs=[config] * 2, generators=[seeded_generator(0)] * 2)
+
+
+def test_tokens_that_a_model_rules_out_are_no_error():
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf]])
+    for temperature in (0.0, 1.0):
+        config = SamplingConfig(temperature=temperature, top_p=0.9)
+        assert draw_tokens(logits, configs=[config], generators=[seeded_generator(0)]) == [1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_of_nan_raises_when_its_text_is_asked_for(build, temperature):
+    model, config = build(), SamplingConfig(max_new_tokens=5, temperature=temperature)
+    model.model.norm.weight.fill_(torch.nan)
+    text = generate(model, PROMPTS[0], config=config)
+    with pytest.raises(NotFiniteError):
+        next(text)
+    with pytest.raises(NotFiniteError):
+        next(generate(model, PROMPTS[0], config=config, draft=PromptLookup()))
+    with pytest.raises(NotFiniteError):
+        generate_batch(model, PROMPTS, config=config)

@@ -21,20 +21,25 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from anarcho_model.errors import NotFiniteError
 from anarcho_model.generate.draws import seeded_generator
 from anarcho_model.generate.prompts import check_prompt
 from anarcho_model.generate.sampling import SamplingConfig, SamplingError
-from anarcho_model.generate.steps import Drawing, Model, NewToken, Stepping
+from anarcho_model.generate.steps import NO_TOKEN, Drawing, Model, NewToken, Stepping
 
 __all__ = ["EndedBy", "Engine", "NewToken", "Request"]
 
-EndedBy = Literal["stop", "length", "context", "cancelled"]
-"""A stop id was drawn, `max_new_tokens` are there, prompt and text fill the context, or nobody wants the rest."""
+EndedBy = Literal["stop", "length", "context", "cancelled", "failed"]
+"""A stop id was drawn, `max_new_tokens` are there, prompt and text fill the context, nobody wants the rest, or the model's
+numbers are NaN or infinite."""
 
 
 @dataclass(eq=False)
 class Request:
-    """A prompt that an engine continues; iterating over it steps the engine until the request's text is complete."""
+    """A prompt that an engine continues; iterating over it steps the engine until the request's text is complete.
+
+    Iterating raises NotFiniteError where the model's numbers are NaN or infinite; other requests go on.
+    """
 
     prompt: list[int]
     config: SamplingConfig
@@ -60,6 +65,8 @@ class Request:
     def __iter__(self) -> Iterator[NewToken]:
         for position in itertools.count():
             while position >= len(self.tokens):
+                if self.ended_by == "failed":
+                    raise NotFiniteError
                 if self.ended_by is not None:
                     return
                 self.engine.step()
@@ -226,6 +233,11 @@ class Engine:
         requests = [slot.request for slot in group if slot.request is not None]
         news = self.stepper.draw_with_logprobs(logits, [request.drawing for request in requests], rows=rows)
         for slot, request, new in zip(group, requests, news, strict=True):
+            if new.token == NO_TOKEN:
+                slot.held = []
+                self.stepper.forget(slot.number)
+                self._end(slot, "failed")
+                continue
             if new.token in request.config.stop_token_ids:
                 self._end(slot, "stop")
                 continue

@@ -20,6 +20,7 @@ from anarcho_model.generate.prompts import check_prompt
 from anarcho_model.generate.sampling import SamplingConfig
 from anarcho_model.generate.speculation import DraftedText
 from anarcho_model.generate.stepping.mlx import Stepper
+from anarcho_model.generate.steps import require_tokens
 from anarcho_model.generate.texts import Texts, collect
 from anarcho_model.mlx import GPT
 
@@ -42,6 +43,8 @@ def generate(
     Raises, at the call:
         SamplingError: the prompt is empty or holds an id outside of the vocabulary.
         ContextError: the prompt is longer than the model's context.
+    Raises, as the ids are asked for:
+        NotFiniteError: the model's numbers are NaN or infinite.
     """
     if draft is not None:
         stepping = partial(Stepper, kv_bits=kv_bits)
@@ -79,7 +82,7 @@ def _stream(stepper: Stepper, prompt: Sequence[int], *, config: SamplingConfig, 
             logits = stepper.step_with(token[:, None], rows=[0], lengths=[length])
             following = choose_tokens(logits, configs=[config], generators=draws)
             mx.async_eval(following)
-        value = cast(int, token.item())
+        value = require_tokens([cast(int, token.item())])[0]
         if value in config.stop_token_ids:
             return
         yield value

@@ -9,7 +9,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-__all__ = ["SamplingConfig", "SamplingError"]
+__all__ = ["SMALLEST", "SamplingConfig", "SamplingError"]
+
+SMALLEST = 2.0**-126
+"""The smallest number that float32, in which tokens are drawn, holds in full; smaller ones may be 0 there."""
 
 
 class SamplingError(ValueError):
@@ -23,7 +26,7 @@ class SamplingConfig:
     max_new_tokens: int = 256
     """The most tokens to generate; the model's context may end the text earlier."""
     temperature: float = 1.0
-    """Logits are divided by this; 0 always takes the likeliest token and ignores the filters."""
+    """Logits are divided by this; 0, or less than float32 holds, takes the likeliest token and ignores the filters."""
     top_k: int | None = None
     """Keep the k likeliest tokens (and those tied with the k-th); None keeps all."""
     top_p: float | None = None
@@ -34,6 +37,11 @@ class SamplingConfig:
     """Seed of the draws; None takes a fresh one from the operating system."""
     stop_token_ids: tuple[int, ...] = ()
     """Ids that end the text; the id itself is not part of it."""
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return self.temperature < SMALLEST
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))

@@ -10,10 +10,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from anarcho_model.config import ModelConfig
+from anarcho_model.errors import NotFiniteError
 from anarcho_model.generate.draws import Draws
 from anarcho_model.generate.sampling import SamplingConfig
 
-__all__ = ["Drawing", "Model", "NewToken", "Stepper", "Stepping", "alike"]
+__all__ = ["NO_TOKEN", "Drawing", "Model", "NewToken", "Stepper", "Stepping", "alike", "require_tokens"]
+
+NO_TOKEN = -1
+"""Stands for the token of a row whose logits are NaN or infinite, so that this is read with the tokens, at no further wait."""
 
 
 @runtime_checkable
@@ -61,13 +65,20 @@ class Stepper(Protocol):
         ...
 
     def draw(self, logits: Any, drawings: Sequence[Drawing], *, rows: Sequence[int] | None = None) -> list[int]:
-        """The next token of these rows of the logits, one for each drawing; None takes all rows."""
+        """The next token of these rows of the logits, one for each drawing; None takes all rows.
+
+        Raises NotFiniteError where logits are NaN or infinite.
+        """
         ...
 
     def draw_with_logprobs(
         self, logits: Any, drawings: Sequence[Drawing], *, rows: Sequence[int] | None = None
     ) -> list[NewToken]:
-        """As `draw`, with log-probabilities."""
+        """As `draw`, with log-probabilities; NO_TOKEN for a row whose logits are NaN or infinite, and the others as ever."""
+        ...
+
+    def forget(self, row: int) -> None:
+        """Zero what the cache holds for this row: NaN would reach later texts through places that are masked."""
         ...
 
 
@@ -84,6 +95,13 @@ def alike(configs: Sequence[SamplingConfig]) -> list[list[int]]:
     """Rows by the settings that decide how they are drawn."""
     groups: dict[object, list[int]] = {}
     for row, config in enumerate(configs):
-        filters = (config.top_k, config.top_p, config.min_p) if config.temperature else ()
-        groups.setdefault((config.temperature, *filters), []).append(row)
+        key = () if config.greedy else (config.temperature, config.top_k, config.top_p, config.min_p)
+        groups.setdefault(key, []).append(row)
     return list(groups.values())
+
+
+def require_tokens(tokens: list[int]) -> list[int]:
+    """The tokens; raises NotFiniteError where one of them is NO_TOKEN."""
+    if NO_TOKEN in tokens:
+        raise NotFiniteError
+    return tokens

@@ -32,6 +32,8 @@ def generate(
     Raises, at the call:
         SamplingError: the prompt is empty or holds an id outside of the vocabulary.
         ContextError: the prompt is longer than the model's context.
+    Raises, as the ids are asked for:
+        NotFiniteError: the model's numbers are NaN or infinite.
     """
     if draft is not None:
         return iter(DraftedText(model, prompt_ids, config=config, draft=draft, stepping=Stepper.for_text))

@@ -17,8 +17,8 @@ from typing import Any, cast
 import mlx.core as mx
 
 from anarcho_model.generate.draws import Draws
-from anarcho_model.generate.sampling import SamplingConfig
-from anarcho_model.generate.steps import NewToken, alike
+from anarcho_model.generate.sampling import SMALLEST, SamplingConfig
+from anarcho_model.generate.steps import NO_TOKEN, NewToken, alike, require_tokens
 
 __all__ = ["choose_tokens", "draw_tokens", "next_token_probabilities", "with_logprobs"]
 
@@ -32,7 +32,7 @@ def next_token_probabilities(logits: mx.array, *, config: SamplingConfig) -> mx.
     always stays.
     """
     # Relative to the largest one, or a very small temperature would overflow.
-    logits = (logits - logits.max(axis=-1, keepdims=True)) / config.temperature
+    logits = (logits - logits.max(axis=-1, keepdims=True)) / max(config.temperature, SMALLEST)
     if config.top_k is not None and config.top_k < logits.shape[-1]:
         smallest = mx.topk(logits, config.top_k, axis=-1).min(axis=-1, keepdims=True)
         logits = mx.where(logits < smallest, -mx.inf, logits)
@@ -41,7 +41,7 @@ def next_token_probabilities(logits: mx.array, *, config: SamplingConfig) -> mx.
         ordered = mx.take_along_axis(logits, order, axis=-1)
         before = mx.cumsum(mx.softmax(ordered, axis=-1), axis=-1, inclusive=False)
         nothing = mx.zeros(logits.shape, dtype=mx.bool_)
-        dropped = mx.put_along_axis(nothing, order, before >= config.top_p, axis=-1)
+        dropped = mx.put_along_axis(nothing, order, before >= max(config.top_p, SMALLEST), axis=-1)
         logits = mx.where(dropped, -mx.inf, logits)
     probabilities = mx.softmax(logits, axis=-1)
     if config.min_p is not None:
@@ -52,13 +52,18 @@ def next_token_probabilities(logits: mx.array, *, config: SamplingConfig) -> mx.
 
 
 def choose_tokens(logits: mx.array, *, configs: Sequence[SamplingConfig], generators: Sequence[Draws]) -> mx.array:
-    """The next token of each row of (rows, vocab), int32 and not evaluated; with temperature 0 the likeliest one."""
+    """The next token of each row of (rows, vocab), int32 and not evaluated; with temperature 0 the likeliest one.
+
+    NO_TOKEN, which the model may read like any other id, for a row whose logits are NaN or infinite.
+    """
     groups = alike(configs)
     chosen = []
     for rows in groups:
         some = logits if len(groups) == 1 else logits[mx.array(rows)]
-        if configs[rows[0]].temperature == 0:
-            chosen.append(mx.argmax(some, axis=-1).astype(mx.int32))
+        if configs[rows[0]].greedy:
+            # A sum, because not every device finds NaN to be the largest.
+            finite = mx.isfinite(mx.logsumexp(some, axis=-1))
+            chosen.append(mx.where(finite, mx.argmax(some, axis=-1).astype(mx.int32), NO_TOKEN))
         else:
             draws = [generators[row].next() for row in rows]
             chosen.append(_at(next_token_probabilities(some, config=configs[rows[0]]), draws))
@@ -69,12 +74,15 @@ def choose_tokens(logits: mx.array, *, configs: Sequence[SamplingConfig], genera
 
 
 def draw_tokens(logits: mx.array, *, configs: Sequence[SamplingConfig], generators: Sequence[Draws]) -> list[int]:
-    """The next token of each row; with temperature 0 the likeliest one, and then no number is drawn."""
-    return _listed(choose_tokens(logits, configs=configs, generators=generators))
+    """The next token of each row; with temperature 0 the likeliest one, and then no number is drawn.
+
+    Raises NotFiniteError where a row's logits are NaN, or its largest is infinite.
+    """
+    return require_tokens(_listed(choose_tokens(logits, configs=configs, generators=generators)))
 
 
 def _at(probabilities: mx.array, draws: Sequence[float]) -> mx.array:
-    """The token of each row whose share of [0, 1) holds the draw; shares follow each other by id."""
+    """The token of each row whose share of [0, 1) holds the draw; shares follow each other by id. NO_TOKEN for NaN."""
     with mx.stream(mx.cpu):
         sums = mx.cumsum(probabilities.astype(mx.float64), axis=-1)
         total = sums[:, -1:]
@@ -82,7 +90,8 @@ def _at(probabilities: mx.array, draws: Sequence[float]) -> mx.array:
         points = mx.minimum(
             mx.array(list(draws), dtype=mx.float64)[:, None] * total, total * mx.array(BELOW_ONE, mx.float64)
         )
-        return (sums <= points).sum(axis=-1).astype(mx.int32)
+        found = (sums <= points).sum(axis=-1).astype(mx.int32)
+        return mx.where(mx.isfinite(total[:, 0]), found, NO_TOKEN)
 
 
 def with_logprobs(tokens: mx.array, logits: mx.array, *, tops: Sequence[int]) -> list[NewToken]:

@@ -16,10 +16,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from anarcho_model.generate.draws import Draws
-from anarcho_model.generate.sampling import SamplingConfig
-from anarcho_model.generate.steps import NewToken, alike
+from anarcho_model.generate.sampling import SMALLEST, SamplingConfig
+from anarcho_model.generate.steps import NO_TOKEN, NewToken, alike, require_tokens
 
-__all__ = ["draw_tokens", "next_token_probabilities", "with_logprobs"]
+__all__ = ["choose_tokens", "draw_tokens", "next_token_probabilities", "with_logprobs"]
 
 
 def next_token_probabilities(
@@ -31,7 +31,7 @@ def next_token_probabilities(
     always stays.
     """
     # Relative to the largest one, or a very small temperature would overflow.
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / config.temperature
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(config.temperature, SMALLEST)
     if config.top_k is not None and config.top_k < logits.shape[-1]:
         smallest = logits.topk(config.top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
@@ -39,7 +39,7 @@ def next_token_probabilities(
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         before = ordered.softmax(dim=-1).cumsum(dim=-1).roll(1, dims=-1)
         before[..., 0] = 0
-        dropped = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= config.top_p)
+        dropped = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= max(config.top_p, SMALLEST))
         logits = logits.masked_fill(dropped, -torch.inf)
     probabilities = logits.softmax(dim=-1)
     if config.min_p is not None:
@@ -49,18 +49,19 @@ def next_token_probabilities(
     return probabilities
 
 
-def draw_tokens(
+def choose_tokens(
     logits: Float[Tensor, "rows vocab"],
     *,
     configs: Sequence[SamplingConfig],
     generators: Sequence[Draws],
 ) -> list[int]:
-    """The next token of each row; with temperature 0 the likeliest one, and then nothing is drawn from the generator."""
+    """As `draw_tokens`, with NO_TOKEN for a row whose logits are NaN or infinite."""
     tokens = [0] * len(configs)
     for rows in alike(configs):
         some = logits if len(rows) == len(tokens) else logits[rows]
-        if configs[rows[0]].temperature == 0:
-            chosen = some.argmax(dim=-1)
+        if configs[rows[0]].greedy:
+            likeliest = some.max(dim=-1)
+            chosen = torch.where(likeliest.values.isfinite(), likeliest.indices, NO_TOKEN)
         else:
             draws = torch.tensor([generators[row].next() for row in rows], dtype=torch.float64)
             chosen = _at(next_token_probabilities(some, config=configs[rows[0]]), draws)
@@ -69,19 +70,33 @@ def draw_tokens(
     return tokens
 
 
+def draw_tokens(
+    logits: Float[Tensor, "rows vocab"],
+    *,
+    configs: Sequence[SamplingConfig],
+    generators: Sequence[Draws],
+) -> list[int]:
+    """The next token of each row; with temperature 0 the likeliest one, and then nothing is drawn from the generator.
+
+    Raises NotFiniteError where a row's logits are NaN, or its largest is infinite.
+    """
+    return require_tokens(choose_tokens(logits, configs=configs, generators=generators))
+
+
 def _at(probabilities: Float[Tensor, "rows vocab"], draws: Float[Tensor, " rows"]) -> Int[Tensor, " rows"]:
-    """The token of each row whose share of [0, 1) holds the draw; shares follow each other by id."""
+    """The token of each row whose share of [0, 1) holds the draw; shares follow each other by id. NO_TOKEN for NaN."""
     sums = probabilities.double().cumsum(dim=-1)
     total = sums[:, -1:]
     # Kept under the total against rounding up to it, where no token's share is left.
     points = torch.minimum(draws.to(sums.device)[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(sums, points, right=True)[:, 0]
+    return torch.where(total.isfinite(), torch.searchsorted(sums, points, right=True), NO_TOKEN)[:, 0]
 
 
 def with_logprobs(tokens: Sequence[int], logits: Float[Tensor, "rows vocab"], *, tops: Sequence[int]) -> list[NewToken]:
     """Each row's token with its log-probability, and with as many of the likeliest as it asks for."""
     sums = logits.logsumexp(dim=-1)
-    own = (logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0] - sums).tolist()
+    places = torch.tensor(tokens, device=logits.device).clamp(min=0)  # of NO_TOKEN, any will do
+    own = (logits.gather(1, places[:, None])[:, 0] - sums).tolist()
     news = []
     for row, (token, top) in enumerate(zip(tokens, tops, strict=True)):
         pairs: tuple[tuple[int, float], ...] = ()

@@ -95,10 +95,16 @@ class Stepper:
     def draw_with_logprobs(
         self, logits: mx.array, drawings: Sequence[Drawing], *, rows: Sequence[int] | None = None
     ) -> list[NewToken]:
-        """As `draw`, with log-probabilities."""
+        """As `draw`, with log-probabilities; NO_TOKEN for a row whose logits are NaN or infinite, and the others as ever."""
         logits = _some(logits, rows)
         tokens = choose_tokens(logits, configs=_configs(drawings), generators=_draws(drawings))
         return with_logprobs(tokens, logits, tops=[drawing.top_logprobs for drawing in drawings])
+
+    def forget(self, row: int) -> None:
+        """Zero what the cache holds for this row: NaN would reach later texts through places that are masked."""
+        for store in (store for layer in self.cache.layers for store in (layer.keys, layer.values)):
+            for part in store.parts:
+                part[row] = 0
 
     def _hidden(self, tokens: mx.array, *, rows: Sequence[int], lengths: Sequence[int]) -> mx.array:
         self.steps += 1

@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from anarcho_model.errors import NotFiniteError
 from anarcho_model.generate.decoding.torch import Reader, reader_of
-from anarcho_model.generate.drawing.torch import draw_tokens, with_logprobs
+from anarcho_model.generate.drawing.torch import choose_tokens, draw_tokens, with_logprobs
 from anarcho_model.generate.graphs.torch import FEWEST_POSITIONS, StepGraphs, round_up
 from anarcho_model.generate.steps import Drawing, NewToken
 from anarcho_model.torch import GPT, KVCache
@@ -120,16 +121,28 @@ class Stepper:
         """The next token of these rows of the logits, one for each drawing; None takes all rows."""
         logits = logits if rows is None else logits[list(rows)]
         configs, draws = [drawing.config for drawing in drawings], [drawing.draws for drawing in drawings]
-        return draw_tokens(logits, configs=configs, generators=draws)
+        try:
+            return draw_tokens(logits, configs=configs, generators=draws)
+        except NotFiniteError:
+            self.graphs = None  # so that no later text takes over a cache that may hold NaN
+            raise
 
     @torch.inference_mode()
     def draw_with_logprobs(
         self, logits: Float[Tensor, "_ vocab"], drawings: Sequence[Drawing], *, rows: Sequence[int] | None = None
     ) -> list[NewToken]:
-        """As `draw`, with log-probabilities."""
+        """As `draw`, with log-probabilities; NO_TOKEN for a row whose logits are NaN or infinite, and the others as ever."""
         logits = logits if rows is None else logits[list(rows)]
-        tokens = self.draw(logits, drawings)
+        configs, draws = [drawing.config for drawing in drawings], [drawing.draws for drawing in drawings]
+        tokens = choose_tokens(logits, configs=configs, generators=draws)
         return with_logprobs(tokens, logits, tops=[drawing.top_logprobs for drawing in drawings])
+
+    @torch.inference_mode()
+    def forget(self, row: int) -> None:
+        """Zero what the cache holds for this row: NaN would reach later texts through places that are masked."""
+        for layer in self.cache.layers:
+            layer.keys[row].zero_()
+            layer.values[row].zero_()
 
     def _refresh(self) -> None:
         """Look whether the weights have changed; done with every prompt, because it takes too long for every step."""
