@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from anarcho_cli.back_ends import torch as back_end
+from anarcho_cli.config import RunConfig, SampleConfig
 from anarcho_cli.output import printable
+from anarcho_cli.run_sample import write_sample
 from anarcho_cli.writing import Writer
 from anarcho_model import ModelConfig
 from anarcho_model.generate.sampling import SamplingConfig
 from anarcho_model.torch import GPT
-from anarcho_model.weights import save_pretrained
+from anarcho_model.weights import load_pretrained, save_pretrained
 from anarcho_tokenize import Tokenizer, TokenizerConfig, train_tokenizer
 
 
@@ -177,3 +183,52 @@ def test_prompts_that_cannot_be_read_are_refused_by_their_place(content, part, m
     assert part in refused("generate", model, "--prompts", file, "--device", "cpu")
     assert "more than once" in refused("generate", model, "-", "--prompts", "-", "--device", "cpu")
     assert "absent" in refused("generate", model, "--prompts", tmp_path / "absent", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def spoilt(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model with weights that are NaN."""
+    directory = tmp_path_factory.mktemp("spoilt") / "model"
+    shutil.copytree(model, directory)
+    network, tokenizer = load_pretrained(directory), Tokenizer.load(directory)
+    with torch.no_grad():
+        network.model.norm.weight.fill_(torch.nan)
+    save_pretrained(network, directory, eos_token_id=tokenizer.eot_id, pad_token_id=tokenizer.pad_id)
+    return directory
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["the"], ["the", "-t", 0], ["the", "--json"], ["the", "the sea"], ["the", "--backend", "mlx"]],
+    ids=str,
+)
+def test_a_model_of_nan_is_refused_in_one_sentence(arguments: list[object], spoilt: Path, refused) -> None:
+    if "mlx" in arguments:
+        pytest.importorskip("mlx.core")
+    assert "logits are NaN or infinite" in refused("generate", spoilt, *arguments, "--device", "cpu")
+
+
+def test_a_conversation_and_an_evaluation_of_a_model_of_nan_are_refused(spoilt: Path, refused) -> None:
+    said = refused("chat", spoilt, "--device", "cpu", input="the whale\n")
+    assert "logits are NaN or infinite" in said
+    assert "logits are NaN or infinite" in refused("eval", spoilt, "--limit", 1, "--device", "cpu")
+
+
+def test_a_run_whose_model_is_of_nan_ends_without_a_sample(spoilt: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    step: Any = SimpleNamespace(model=load_pretrained(spoilt))
+    tokenizer = TokenizerConfig(vocab_size=285)
+    config = RunConfig(model=step.model.config, tokenizer=tokenizer, sample=SampleConfig(max_new_tokens=4))
+    assert write_sample(config, back_end, step, Tokenizer.load(spoilt)) is None
+    said = capfd.readouterr().err
+    assert said.startswith("anarcho: no sample: The model's logits are NaN or infinite")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", [["-t", 1e-300], ["--top-p", 1e-50]], ids=str)
+def test_the_likeliest_text_is_what_the_smallest_settings_give(option: list[object], model: Path, anarcho) -> None:
+    def text(*options: object) -> str:
+        result = anarcho("generate", model, "the", "-n", 9, *options, "--device", "cpu")
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    assert text(*option) == text("-t", 0)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
@@ -289,3 +290,33 @@ def test_the_servers_settings_hold_where_a_request_says_nothing_and_bound_its_le
     assert len(texts) == 1
     assert answer["usage"]["completion_tokens"] <= 5
     assert len(drawn) > 1
+
+
+@pytest.mark.parametrize("setting", [{"temperature": 1e-300}, {"temperature": 1, "top_p": 1e-50}], ids=str)
+def test_settings_that_float32_cannot_hold_give_the_likeliest_text(setting: dict[str, float], served: Served) -> None:
+    body = {"prompt": "the", "max_tokens": 4}
+    status, answer = served.ask("POST", "/v1/completions", {**body, **setting})
+    assert (status, served.ask("GET", "/health")[0]) == (200, 200)
+    expected = served.ask("POST", "/v1/completions", {**body, "temperature": 0})[1]
+    assert answer["choices"] == expected["choices"]
+
+
+def test_a_request_whose_numbers_are_not_finite_fails_alone(model: Path) -> None:
+    body = {"prompt": "the", "max_tokens": 4, "logprobs": 2}
+    with Served(model) as served:
+        weight = served.writer.model.model.norm.weight
+        with torch.no_grad():
+            weight.mul_(torch.nan)
+        for _ in range(2):
+            status, answer = served.ask("POST", "/v1/completions", body)
+            assert status == 500
+            assert "logits are NaN or infinite" in answer["error"]["message"]
+        status, events = served.ask("POST", "/v1/chat/completions", {**CHAT, "stream": True})
+        assert status == 200
+        assert "logits are NaN or infinite" in events
+        assert served.ask("GET", "/health")[0] == 200
+        with torch.no_grad():
+            weight.fill_(1)
+        status, answer = served.ask("POST", "/v1/completions", body)
+        assert status == 200
+        assert len(answer["choices"][0]["logprobs"]["tokens"]) > 0

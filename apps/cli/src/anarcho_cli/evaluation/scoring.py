@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from anarcho_model.errors import NotFiniteError
 
 from anarcho_cli.evaluation.errors import EvaluationError
 from anarcho_cli.inference import inference_of
@@ -94,7 +95,8 @@ class Scorer:
     def score(self, requests: Iterable[Request]) -> Iterator[Score]:
         """A score for each request, in order.
 
-        Raises EvaluationError for a token that the model has no embedding of.
+        Raises EvaluationError for a token that the model has no embedding of, NotFiniteError where the model's numbers are
+        NaN or infinite.
         """
         block: list[Request] = []
         held = 0
@@ -155,6 +157,8 @@ class Scorer:
         sources = np.concatenate([row * width + places - 1 for row, (_, places) in enumerate(rows)])
         targets = np.concatenate([tokens[places] for tokens, places in rows]).astype(np.int64)
         logprobs, likeliest = self._inference.judge(self.model, padded, sources=sources, targets=targets)
+        if not np.isfinite(logprobs).all():
+            raise NotFiniteError
         bounds = np.cumsum([len(places) for _, places in rows])[:-1]
         parts = zip(np.split(logprobs, bounds), np.split(likeliest, bounds), strict=True)
         return [(float(part.sum()), bool(best.all())) for part, best in parts]

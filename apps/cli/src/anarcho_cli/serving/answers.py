@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class GenerationError(RuntimeError):
-    """The generating thread failed; nothing more can be generated."""
+    """A text cannot be generated to its end: its request failed, or the generating thread, and then nothing more can be."""
 
 
 class Piece(NamedTuple):
@@ -83,8 +83,10 @@ class Choice:
 async def generate(worker: Worker, tokenizer: AnyTokenizer, task: Task) -> AsyncGenerator[Piece, None]:
     """The parts of all choices as they come; closing the generator cancels what is left.
 
-    Raises GenerationError where the worker fails.
+    Raises GenerationError where a request, or the worker, fails.
     """
+    from anarcho_model.errors import NotFiniteError
+
     loop, queue = asyncio.get_running_loop(), asyncio.Queue()
     choices, requests = [], []
 
@@ -111,6 +113,8 @@ async def generate(worker: Worker, tokenizer: AnyTokenizer, task: Task) -> Async
                 continue
             if new is None and request.ended_by is None:
                 raise GenerationError(worker.trouble() or "the server is stopping")
+            if request.ended_by == "failed" and new is None:
+                raise GenerationError(str(NotFiniteError()))
             text = choice.end(request.ended_by) if new is None else choice.push(new.token)
             if choice.finish is not None:
                 request.cancel()
