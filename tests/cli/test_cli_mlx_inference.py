@@ -81,7 +81,8 @@ def test_generate_with_a_quantised_cache(model: Path, anarcho, refused) -> None:
     wide = Writer.load(model, device="cpu", backend="mlx", kv_bits=8)
     with pytest.raises(ValueError, match="heads of a multiple of 32"):
         wide.complete("the", config=SamplingConfig(max_new_tokens=2))
-    assert "bits is 5" in refused("generate", model, "the", "--kv-bits", 5, *on("mlx"))
+    for command in (["generate", model, "the"], ["chat", model], ["serve", model]):
+        assert "--kv-bits is 5, expected 4 or 8" in refused(*command, "--kv-bits", 5, *on("mlx"))
     assert "--backend mlx" in refused("generate", model, "the", "--kv-bits", 8, *on("torch"))
 
 

@@ -13,6 +13,14 @@ import typer
 from anarcho_cli.devices import Backend, Device
 from anarcho_cli.models import Which
 
+
+def check_kv_bits(bits: int | None) -> int | None:
+    """Raise ValueError for a number of bits that no cache keeps."""
+    if bits not in (None, 4, 8):
+        raise ValueError(f"--kv-bits is {bits}, expected 4 or 8; leave it out to keep keys and values as they are")
+    return bits
+
+
 Model = Annotated[Path, typer.Argument(metavar="RUN", help="A run, a checkpoint or a model directory.")]
 Checkpoint = Annotated[Which, typer.Option("--checkpoint", help="Which checkpoint of a run.")]
 RunsOn = Annotated[Device, typer.Option("--device", help="Where the model runs.")]
@@ -22,7 +30,11 @@ RunsWith = Annotated[
 ]
 KvBits = Annotated[
     int | None,
-    typer.Option("--kv-bits", min=4, max=8, help="With mlx: keep keys and values in 4 or 8 bits, for long contexts."),
+    typer.Option(
+        "--kv-bits",
+        callback=check_kv_bits,
+        help="With mlx: keep keys and values in 4 or 8 bits, for long contexts.",
+    ),
 ]
 
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Most tokens to add.")]
