@@ -20,6 +20,8 @@ def app_that_raises(error: BaseException) -> typer.Typer:
     def fail() -> None:
         raise error
 
+    app.command("generate")(fail)
+
     @app.callback()
     def options(debug: bool = False) -> None:
         """Global options."""
@@ -59,6 +61,14 @@ def test_bad_input_is_one_sentence_and_exit_status_2(error: Exception, sentence:
     assert sentence in stderr
     assert stderr.startswith("anarcho: error: ")
     assert stderr.count("\n") == 1
+
+
+def test_the_advice_for_too_little_memory_is_of_use_to_a_command_that_only_reads_a_model() -> None:
+    error = RuntimeError("[malloc] Unable to allocate 4194304 bytes.")
+    result = CliRunner().invoke(app_that_raises(error), ["generate"])
+    assert result.exit_code == 2
+    assert "max_position_embeddings" in result.stderr
+    assert "train." not in result.stderr
 
 
 @pytest.mark.parametrize("error", [RuntimeError("boom"), KeyError("x"), ModuleNotFoundError("no y", name="y")])

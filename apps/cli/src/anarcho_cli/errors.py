@@ -28,6 +28,12 @@ _LESS_MEMORY = (
     "a run takes less with a smaller train.micro_batch (or 'auto'), train.gradient_checkpointing = true or a shorter "
     "train.sequence_length, which `--dry-run` shows; other commands with a shorter context"
 )
+_LESS_MEMORY_READING = (
+    "this takes less with a smaller --slots, --context or --batch-tokens, where the command has it, or with a smaller "
+    "max_position_embeddings in the model's config.json"
+)
+_READING = ("chat", "eval", "generate", "serve")
+"""Commands that read a model and train none."""
 
 
 class CommandGroup(TyperGroup):
@@ -44,7 +50,7 @@ class CommandGroup(TyperGroup):
                 raise
             if ctx.params.get("debug"):
                 traceback.print_exception(error)
-            message, code = explain(error)
+            message, code = explain(error, command=ctx.invoked_subcommand)
             print(f"anarcho: error: {_place()}{message}", file=sys.stderr)
             raise typer.Exit(code) from error
         finally:
@@ -59,8 +65,8 @@ def _place() -> str:
     return "" if rank == "0" else f"rank {rank}: "
 
 
-def explain(error: Exception) -> tuple[str, int]:
-    """One sentence and the exit status for an exception."""
+def explain(error: Exception, *, command: str | None = None) -> tuple[str, int]:
+    """One sentence and the exit status for an exception, within this command."""
     if type(error).__name__ == "RankLost":
         return str(error), RANK_LOST
     if isinstance(error, OSError):
@@ -70,7 +76,10 @@ def explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, ImportError) and _missing_extra(error):
         return _missing_extra(error), BAD_INPUT
     if _out_of_memory(error):
-        return f"out of memory ({_summary(error)}); {_LESS_MEMORY}", BAD_INPUT
+        return (
+            f"out of memory ({_summary(error)}); {_LESS_MEMORY_READING if command in _READING else _LESS_MEMORY}",
+            BAD_INPUT,
+        )
     return (
         f"unexpected {type(error).__name__}: {_summary(error)}; run again with `anarcho --debug ...` for details",
         DEFECT,
