@@ -42,6 +42,22 @@ def test_what_cannot_be_tuned_is_refused(base: Path, tmp_path: Path, refused) ->
     assert "data.kind is 'chat'" in refused("sft", "--from", base, "--data", tmp_path / "text.txt")
 
 
+def test_a_shape_that_the_base_model_does_not_have_is_refused_and_its_own_is_not(
+    base: Path, tmp_path: Path, refused, anarcho
+) -> None:
+    place = ["--from", base, "--runs-dir", tmp_path, "--dry-run"]
+    own = json.loads(anarcho("sft", *place, "--json").stdout)["config"]
+    layers, words = own["model"]["num_layers"], own["tokenizer"]["vocab_size"]
+    said = refused("sft", *place, "--set", f"model.num_layers={layers + 1}")
+    assert f"--set: model.num_layers is {layers + 1}, but the model {base}" in said
+    assert f"has {layers}, which stays" in said
+    file = tmp_path / "words.toml"
+    file.write_text(f"[tokenizer]\nvocab_size = {words + 1}\n[model]\nnum_layers = {layers}\n")
+    assert f"tokenizer.vocab_size is {words + 1}" in refused("sft", *place, "--config", file)
+    same = [f"model.num_layers={layers}", "model.num_kv_heads=none", f"tokenizer.vocab_size={words}"]
+    anarcho("sft", *place, *(word for setting in same for word in ("--set", setting)))
+
+
 def test_a_base_model_learns_the_answers_and_keeps_its_beginning(base: Path, tmp_path: Path, anarcho) -> None:
     rows = [
         {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "whale"}]}

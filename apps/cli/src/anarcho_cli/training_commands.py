@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +15,7 @@ from anarcho_cli.diagnostics import Diagnostics
 if TYPE_CHECKING:
     from anarcho_cli.compose import RunSummary
     from anarcho_cli.config import RunConfig
+    from anarcho_cli.layers import Layer
 
 
 PresetOption = Annotated[
@@ -111,15 +112,30 @@ def configuration_with_base(
     from anarcho_tokenize import load_tokenizer
 
     from anarcho_cli.config import resolve, section_values
-    from anarcho_cli.layers import Layer
+    from anarcho_cli.layers import Layer, file_layer, set_layer
 
     sections = {
         "model": section_values(load_config(model)),
         "tokenizer": {"vocab_size": load_tokenizer(model).vocab_size},
     }
+    for layer in ([] if file is None else [file_layer(file)]) + [set_layer(overrides)]:
+        _require_same_model(layer, sections, model)
     options = [Layer(origin=f"--from {model}", sections=sections)]
     options += [] if data is None else [Layer(origin="--data", sections={"data": {"source": data}})]
     return resolve(preset=preset, file=file, overrides=overrides, options=options)
+
+
+def _require_same_model(layer: Layer, sections: Mapping[str, Mapping[str, Any]], model: Path) -> None:
+    """Raises ConfigError where a layer wants another shape than the model has, with which the training goes on."""
+    from anarcho_cli.layers import ConfigError
+    from anarcho_cli.schema import NONE
+
+    for section, own in sections.items():
+        for key, value in layer.sections.get(section, {}).items():
+            if key in own and isinstance(value, int | float | str) and value not in (own[key], NONE):
+                raise ConfigError(
+                    f"{layer.origin}: {section}.{key} is {value!r}, but the model {model} has {own[key]!r}, which stays; leave it out"
+                )
 
 
 def require_source(config: RunConfig, *, kind: str) -> None:
