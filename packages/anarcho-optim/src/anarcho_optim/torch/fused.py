@@ -13,6 +13,7 @@ Notable:
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from anarcho_optim.memory import CUDA_SCRATCH_BYTES
+from anarcho_optim.torch.capture import capture
 from anarcho_optim.torch.newton_schulz import Products, iterate
 from anarcho_optim.torch.plan import (
     CONTROLS,
@@ -56,12 +58,13 @@ class FusedStep:
         self._cuda_graph, self._scratch_bytes = cuda_graph, scratch_bytes
         self.process_group, self.stochastic_rounding = process_group, stochastic_rounding
         self._graph_pool: Any = None
+        self._can_capture = True
         self._key: Any = None
         self._plan: Plan | None = None
 
     def use_graph(self, pool: Any | None) -> None:
         """See `MuonAdamW.use_graph`."""
-        self._graph_pool = pool
+        self._graph_pool = pool if self._can_capture else None
         if self._plan is not None:
             self._plan.graph = None
 
@@ -136,16 +139,26 @@ class FusedStep:
         if self.stochastic_rounding:
             plan.seed.random_(2**31)
         as_graph = self._cuda_graph or self._graph_pool is not None
-        if not as_graph or plan.runs == 0:
+        if as_graph and plan.runs and plan.graph is None:
+            plan.graph = self._captured(plan)
+        if plan.graph is None:
             self._launch(plan)
         else:
-            if plan.graph is None:
-                plan.graph = torch.cuda.CUDAGraph()
-                # Other threads, which prepare data or write files, may use the device meanwhile.
-                with torch.cuda.graph(plan.graph, pool=self._graph_pool, capture_error_mode="thread_local"):
-                    self._launch(plan)
             plan.graph.replay()
         plan.runs += 1
+
+    def _captured(self, plan: Plan) -> torch.cuda.CUDAGraph | None:
+        """The step as a graph, with nothing done yet; None where `use_graph` alone asked for one and it cannot be had, now or later."""
+        pool = self._graph_pool or torch.cuda.graph_pool_handle()
+        try:
+            return capture(lambda: self._launch(plan), device=plan.settings.device, pool=pool)
+        except Exception as error:
+            if self._cuda_graph:
+                raise
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        self._can_capture, self._graph_pool = False, None
+        warnings.warn(f"an update could not be recorded as a CUDA graph ({reason}); it goes on without", stacklevel=2)
+        return None
 
     def _launch(self, plan: Plan) -> None:
         seed = plan.seed if self.stochastic_rounding else None
