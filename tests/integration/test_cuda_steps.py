@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from typing import Any
 
@@ -24,11 +25,11 @@ STEPS, PROFILED, WARM, LENGTH = 500, 50, 5, 64
 OPTIM = OptimConfig(warmup_steps=100)
 
 
-def make_step(**settings: Any) -> TorchStep:
+def make_step(device: str = "cuda", **settings: Any) -> TorchStep:
     model = GPT(ModelConfig(vocab_size=512, context_length=LENGTH, num_layers=2, dim=64, num_heads=2))
     model.init_weights(seed=0)
     model.gradient_checkpointing = settings.pop("checkpointing", False)
-    model.to("cuda", torch.bfloat16 if settings.get("lean") else torch.float32)
+    model.to(device, torch.bfloat16 if settings.get("lean") else torch.float32)
     narrow = {"state_dtype": torch.bfloat16, "stochastic_rounding": True} if settings.get("lean") else {}
     options = {"precision": "bfloat16", "compile": "on", "batch_tokens": 8 * LENGTH, "cuda_graphs": False, **settings}
     return TorchStep(
@@ -158,3 +159,55 @@ def test_auto_records_small_batches_and_trains_on_after_memory_ran_out():
     assert np.isfinite(train(step, range(8, 12), micro_batches=2)).all()
     assert calls[:2] == [1, 0]
     assert len(step._recordings) == 0
+
+
+@pytest.mark.parametrize("settings", [{}, {"lean": True}], ids=["float32", "lean"])
+def test_a_loss_that_waits_ends_the_recordings_and_nothing_else(settings):
+    plain, recorded = (make_step(**settings, compile="off", cuda_graphs=choice) for choice in (False, True))
+    said: list[str] = []
+    recorded._recordings._notify = said.append
+    for step in (plain, recorded):
+        torch.manual_seed(0)
+        train(step, range(8), micro_batches=1)
+    assert len(recorded._recordings) == 1
+    stream, pool = torch.cuda.current_stream(), recorded._recordings._pool
+    assert held(pool) > 0
+    for step in (plain, recorded):
+        loss_of = step._passes.loss_of
+
+        def waits(*tensors: Any, loss_of: Any = loss_of, **named: Any) -> Any:
+            loss, measures = loss_of(*tensors, **named)
+            assert np.isfinite(loss.item())
+            return loss, measures
+
+        step._passes.loss_of = waits
+    found = {}
+    for step in (plain, recorded):
+        torch.manual_seed(1)
+        found[step] = train(step, range(8, 20), micro_batches=2)
+    assert len(said) == 1
+    assert "when stream is capturing" in said[0]
+    assert len(recorded._recordings) == 0
+    assert torch.cuda.current_stream() == stream
+    assert held(pool) == 0
+    assert found[recorded] == pytest.approx(found[plain], rel=1e-2 if settings else 1e-4)
+    other = make_step(cuda_graphs=True, compile="off")
+    train(other, range(8), micro_batches=1)
+    assert len(other._recordings) == 1
+
+
+def held(pool: Any) -> int:
+    """Bytes of a pool of graphs that the device has not got back."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    segments = torch.cuda.memory_snapshot()
+    return sum(segment["total_size"] for segment in segments if tuple(segment["segment_pool_id"]) == tuple(pool))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_a_model_on_another_device_than_the_current_one_is_trained():
+    plain, recorded = (make_step("cuda:1", compile="off", cuda_graphs=choice) for choice in (False, True))
+    assert torch.cuda.current_device() == 0
+    wanted, found = (train(step, range(12), micro_batches=2) for step in (plain, recorded))
+    assert len(recorded._recordings) == 2
+    assert found == pytest.approx(wanted, rel=1e-4)

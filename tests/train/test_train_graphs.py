@@ -6,6 +6,9 @@ and overwrites the result and the gradients that it left then, as a graph does.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,7 @@ from anarcho_optim.torch import MuonAdamW, param_groups
 from anarcho_tokenize import Batch
 from anarcho_train import StepSchedule, TrainConfig
 from anarcho_train.draws import TrainingDraws
+from anarcho_train.out_of_memory import OutOfMemory
 from anarcho_train.steps import torch_graphs
 from anarcho_train.steps.torch import TorchStep
 from anarcho_train.steps.torch_graphs import WARM, Recordings, shape_of
@@ -201,6 +205,123 @@ def test_memory_that_runs_out_is_tried_again_without_recordings():
     assert len(kept) == 0
 
 
+def test_memory_that_runs_out_beside_a_recording_just_made_is_tried_again():
+    said: list[str] = []
+    step = make_step(notify=said.append)
+    kept = recording(step)
+    losses(step, range(WARM))
+    norm = step._norm
+
+    def runs_out() -> Tensor:
+        if len(kept):
+            raise RuntimeError("CUDA out of memory. Tried to allocate")
+        return norm()
+
+    step._norm = runs_out
+    assert np.isfinite(losses(step, range(WARM, WARM + 2))).all()
+    assert kept.recorded == 1
+    assert len(said) == 1
+    step._norm = lambda: torch.empty(2**60)
+    with pytest.raises(OutOfMemory):  # Nothing is left to be given up.
+        losses(step, range(1))
+
+
+class Cuda:
+    """The stream of a thread, and who allocates to which pool; ``tidy`` as PyTorch 2.15 is, else as 2.11."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, tidy: bool) -> None:
+        self.stream, self.tidy, self.under_way, self.users, self.state = "default", tidy, False, 0, "fresh"
+        cuda, library = torch.cuda, torch._C
+        monkeypatch.setattr(cuda, "CUDAGraph", lambda: Graph(self))
+        monkeypatch.setattr(cuda.graph, "default_capture_stream", SimpleNamespace(device="cuda:0"))
+        monkeypatch.setattr(torch_graphs, "_own_stream", lambda device: SimpleNamespace(device=device))
+        monkeypatch.setattr(cuda, "device", lambda device: nullcontext())
+        monkeypatch.setattr(cuda, "stream", self.on_stream)
+        monkeypatch.setattr(cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(cuda, "default_generators", {1: self}, raising=False)
+        monkeypatch.setattr(library, "_cuda_endAllocateToPool", self.end, raising=False)
+        monkeypatch.setattr(library, "_cuda_releasePool", self.release, raising=False)
+
+    @contextmanager
+    def on_stream(self, stream: Any) -> Iterator[None]:
+        before, self.stream = self.stream, str(stream.device)
+        try:
+            yield
+        finally:
+            self.stream = before
+
+    def end(self, device: int, pool: str) -> None:
+        assert (device, pool) == (1, "pool")
+        if not self.under_way:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.under_way = False
+
+    def release(self, device: int, pool: str) -> None:
+        assert (device, pool) == (1, "pool")
+        self.users -= 1
+
+    def clone_state(self) -> str:
+        return "fresh"
+
+    def graphsafe_set_state(self, state: str) -> None:
+        self.state = state
+
+
+class Graph:
+    def __init__(self, cuda: Cuda) -> None:
+        self.cuda, self.ended, self.valid = cuda, False, True
+
+    def capture_begin(self, *, pool: str, capture_error_mode: str) -> None:
+        assert self.cuda.stream == "cuda:1"
+        self.cuda.under_way, self.cuda.state = True, "capturing"
+        self.cuda.users += 1
+
+    def capture_end(self) -> None:
+        if not self.valid:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        self.cuda.under_way, self.cuda.state, self.ended = False, "fresh", True
+
+    def reset(self) -> None:
+        if self.ended or self.cuda.tidy:
+            self.cuda.users -= 1
+            self.cuda.under_way, self.cuda.state, self.ended = False, "fresh", False
+
+
+@pytest.mark.parametrize("tidy", [False, True], ids=["2.11", "2.15"])
+@pytest.mark.parametrize("invalid", [False, True], ids=["other failure", "invalidated"])
+def test_a_capture_that_fails_leaves_everything_as_before_and_says_what_failed_first(monkeypatch, tidy, invalid):
+    cuda = Cuda(monkeypatch, tidy=tidy)
+    made: list[Graph] = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: made.append(Graph(cuda)) or made[-1])
+
+    def fails() -> None:
+        assert cuda.stream == "cuda:1"
+        made[0].valid = not invalid
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="operation not permitted"):
+        torch_graphs._capture(fails, device=torch.device("cuda:1"), pool="pool")
+    assert (cuda.stream, cuda.under_way, cuda.users, cuda.state) == ("default", False, 0, "fresh")
+
+
+def test_a_capture_runs_on_a_stream_of_its_own_device(monkeypatch):
+    cuda = Cuda(monkeypatch, tidy=True)
+    graph, output = torch_graphs._capture(lambda: cuda.stream, device=torch.device("cuda:1"), pool="pool")
+    assert output == "cuda:1"
+    assert graph.ended
+    assert (cuda.stream, cuda.users) == ("default", 1)
+
+
+@pytest.mark.parametrize("float8", [False, True])
+def test_what_is_lost_with_compilation_is_said(float8):
+    said: list[str] = []
+    step = make_step(notify=said.append)
+    step.model.float8 = float8
+    step._leave_compilation(RuntimeError("no compiler\nmore"))
+    lost = ", and without 8-bit products" if float8 else ""
+    assert said == [f"torch.compile failed here (no compiler); training goes on without it{lost}"]
+
+
 def use_events(monkeypatch: pytest.MonkeyPatch, *, milliseconds: float) -> None:
     """The device takes so long for each pass."""
 
@@ -208,7 +329,8 @@ def use_events(monkeypatch: pytest.MonkeyPatch, *, milliseconds: float) -> None:
         def __init__(self, enable_timing: bool) -> None:
             assert enable_timing
 
-        def record(self) -> None: ...
+        def record(self, stream: str) -> None:
+            assert stream == "stream of cpu"
 
         def query(self) -> bool:
             return True
@@ -217,6 +339,7 @@ def use_events(monkeypatch: pytest.MonkeyPatch, *, milliseconds: float) -> None:
             return milliseconds
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
 
 
 @pytest.mark.parametrize(("milliseconds", "host_bound"), [(1e-6, True), (1e6, False)])

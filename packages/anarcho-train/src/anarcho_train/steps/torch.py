@@ -372,9 +372,10 @@ class TorchStep:
 
     def _guarded(self, work: Callable[[], Any], *, renews: bool = False) -> Any:
         """The result, or `OutOfMemory`; ``renews`` where all ranks break off together."""
-        random, self._updating = RandomState(self.device), False
+        random, self._updating, given_up = RandomState(self.device), False, False
 
         def recover() -> bool:
+            nonlocal given_up
             self.optimizer.zero_grad(set_to_none=True)
             if renews:
                 self._parts.renew()
@@ -382,16 +383,16 @@ class TorchStep:
             self._scaler = self._new_scaler()  # The old one remembers that it has unscaled gradients in this step.
             self._scaler.load_state_dict(state)
             random.restore()
-            if len(self._recordings):
+            given_up = len(self._recordings) > 0
+            if given_up:
                 self._recordings.stop()
             empty_caches(self.device)
             return self._updating
 
-        recorded = len(self._recordings) > 0
         try:
             return guarded(work, recover=recover)
         except OutOfMemory as error:
-            if error.torn or not recorded:
+            if error.torn or not given_up:
                 raise
             self._notify(
                 f"memory ran out beside recorded passes ({error}); they are given up, and it is tried again without"
@@ -500,7 +501,8 @@ class TorchStep:
 
     def _leave_compilation(self, error: Exception) -> None:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        self._notify(f"torch.compile failed here ({reason}); training goes on without it")
+        products = ", and without 8-bit products" if getattr(self.model, "float8", False) else ""
+        self._notify(f"torch.compile failed here ({reason}); training goes on without it{products}")
         self.compiled = False
         self._recordings.forget()
         self._parts.leave_compilation()

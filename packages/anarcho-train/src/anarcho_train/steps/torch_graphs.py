@@ -14,10 +14,11 @@ Source: CUDA graphs in PyTorch, https://docs.pytorch.org/docs/stable/notes/cuda.
 
 from __future__ import annotations
 
+import functools
 import gc
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,6 +39,9 @@ Arrays = Mapping[str, np.ndarray]
 Tensors = dict[str, Tensor]
 Work = Callable[[Tensors], Any]
 """A pass over tensors that lie on the device, returning others; a backward pass leaves its gradients in the parameters."""
+
+_abandoned: list[torch.cuda.CUDAGraph] = []
+"""Kept, because PyTorch 2.11 goes on to ask them whether memory of the host is theirs."""
 
 
 @dataclass(frozen=True)
@@ -105,11 +109,12 @@ class Recordings:
             yield
             return
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
+        stream = torch.cuda.current_stream(self._device)
+        begin.record(stream)
         start = time.perf_counter()
         yield
         seconds = time.perf_counter() - start
-        end.record()
+        end.record(stream)
         self._measured[kind] = seconds, begin, end
 
     def run(self, key: Hashable, arrays: Arrays, work: Work) -> Any:
@@ -134,6 +139,7 @@ class Recordings:
         if self._pool is not None:
             self._pool = None
             self._share_pool(None)
+            _free_workspaces()
 
     def stop(self) -> None:
         """Nothing is recorded from now on."""
@@ -170,11 +176,7 @@ class Recordings:
             _free_workspaces()
         # The pool of the recordings has no use for what other memory is free, but the device has only that.
         gc.collect()
-        torch.cuda.empty_cache()
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, which prepare batches or write files, may use the device meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            output = work(inputs)
+        graph, output = _capture(lambda: work(inputs), device=self._device, pool=self._pool)
         return graph.replay, output
 
     def _gradient_bytes(self) -> int:
@@ -199,6 +201,65 @@ def obstacle(device: torch.device, *, processes: int, scaled: bool, in_backward:
         "train.update_in_backward is true; expected false": in_backward,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _capture(work: Callable[[], Any], *, device: torch.device, pool: Any) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """What the work gives the device to do, as a graph, and its result, which is not computed yet.
+
+    Where that fails, what it raised first is raised, and the stream, the allocator and the generator are as before.
+    """
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.device(device), torch.cuda.stream(_capture_stream(device)):
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            # Other threads, which prepare batches or write files, may use the device meanwhile.
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                result = work()
+            except BaseException:
+                with suppress(RuntimeError):  # It only says that something failed before.
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+    except BaseException:
+        _abandon(graph, device=device, pool=pool)
+        raise
+    return graph, result
+
+
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One of the device for all graphs: what one leaves free in a pool that they share serves only those of the same stream.
+
+    It is the one that PyTorch has for all, if that is of this device, because so optimizers choose theirs, too.
+    """
+    if torch.cuda.graph.default_capture_stream is None:
+        torch.cuda.graph.default_capture_stream = torch.cuda.Stream(device)
+    default = torch.cuda.graph.default_capture_stream
+    return default if default.device == device else _own_stream(device)
+
+
+@functools.cache
+def _own_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _abandon(graph: torch.cuda.CUDAGraph, *, device: torch.device, pool: Any) -> None:
+    """Does what PyTorch 2.11, unlike 2.15, leaves undone after a capture that CUDA has invalidated."""
+    graph.reset()
+    # They are not public.
+    end, release = (getattr(torch._C, name, None) for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"))
+    if end is None or release is None:
+        return
+    try:
+        end(device.index, pool)
+    except RuntimeError:  # Nothing is allocated for the capture any more: PyTorch has released the pool as well.
+        return
+    release(device.index, pool)
+    # Its state would refuse to draw numbers outside of a capture.
+    generator = torch.cuda.default_generators[device.index]
+    generator.graphsafe_set_state(generator.clone_state())
+    _abandoned.append(graph)
 
 
 def _free_workspaces() -> None:
