@@ -37,7 +37,11 @@ class StepGraphs:
     def __init__(self, reader: Reader, cache: KVCache) -> None:
         self.reader, self.cache = reader, cache
         self.graphs: dict[tuple[int, int], _Graph] = {}
+        self.device = cache.lengths.device
         self.pool = torch.cuda.graph_pool_handle()
+        # One for all graphs, because what one leaves free in the pool serves only those of the same stream; and of their own, because
+        # libraries have a workspace for each stream, which here lies in the pool.
+        self.stream = torch.cuda.Stream(self.device)
 
     def step(self, tokens: Sequence[int], positions: Sequence[int], *, reach: int) -> Float[Tensor, "rows vocab"]:
         """Logits after one token of each of the cache's first rows, as many as tokens; valid until the next step.
@@ -49,7 +53,7 @@ class StepGraphs:
         inputs = torch.tensor([[*tokens], [*positions]]).unsqueeze(-1)
         graph = self.graphs.get((rows, extent))
         if graph is None:
-            graph = self.graphs[rows, extent] = self._record(inputs.to(self.cache.lengths.device), extent)
+            graph = self.graphs[rows, extent] = self._record(inputs.to(self.device), extent)
         graph.inputs.copy_(inputs.pin_memory(), non_blocking=True)
         graph.graph.replay()
         return graph.logits
@@ -59,14 +63,15 @@ class StepGraphs:
             rows = slice(0, inputs.shape[1])
             return self.reader.read(*inputs, layers=self.cache.layers, rows=rows, extent=extent, alike=False)
 
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            read()  # so that libraries have made their choices and workspaces
-        torch.cuda.current_stream().wait_stream(side)
+        current, side = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
+        side.wait_stream(current)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            logits = read()
+        with torch.cuda.device(self.device):
+            with torch.cuda.stream(side):
+                read()  # so that libraries have made their choices
+            current.wait_stream(side)
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                logits = read()
         return _Graph(graph, inputs, logits)
 
 
