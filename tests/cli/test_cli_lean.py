@@ -86,6 +86,20 @@ def test_a_resumed_run_repeats_what_was_rounded_bit_for_bit(runs, tmp_path):
     assert hashes(copied) == whole
 
 
+def test_mlx_goes_on_in_float32_with_what_a_lean_run_of_torch_saved(runs, tmp_path):
+    pytest.importorskip("mlx.core")
+    copied = shutil.copytree(runs["lean"], tmp_path / "run")
+    more = TINY["train.steps"] + 4
+    settings = ["train.lean=false", "train.precision=float32", f"train.steps={more}"]
+    line = ["pretrain", "--resume", copied, "--backend", "mlx", "--allow-changes"]
+    result = CliRunner().invoke(app, [str(item) for item in line] + [x for y in settings for x in ("--set", y)])
+    assert result.exit_code == 0, result.output
+    state = load_file(copied / "checkpoints" / f"step-{more:08d}" / "optimizer.safetensors")
+    assert {tensor.dtype for tensor in state.values() if tensor.ndim} == {torch.float32}
+    after = [value for step, _, value in read_curve(copied / "metrics.jsonl", "train", "loss") if step > more - 4]
+    assert after[-1] < losses(runs["lean"])[0] - 1
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from anarcho_train import CheckpointStore, StepSchedule
 from anarcho_train.optimizer_layout import LayoutError, part_name, read_layout, rows_note
 from anarcho_train.steps.files import OPTIMIZER_FILE
@@ -16,6 +17,7 @@ from anarcho_train.steps.stored_state import StoredState, stored_state
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors import torch as torch_files
 from safetensors.numpy import load_file, save_file
 
 from .conftest import CountingText
@@ -91,6 +93,46 @@ def test_a_step_goes_on_from_parts_as_from_the_whole(make_step, tmp_path):
     for either in (step, other):
         either.train([text.batch(16, 8)], schedule=StepSchedule(lr_scale=1.0, number=2))
     assert bits(other) == bits(step)
+
+
+def narrowed(state: dict[str, np.ndarray], directory: Path, *, parts: int) -> dict[str, np.ndarray]:
+    """Writes the state with its moments in bfloat16, as lean training has them, whole or in two parts; the numbers that are then there."""
+    tensors = {name: torch.from_numpy(array.copy()) for name, array in state.items()}
+    tensors = {name: tensor.bfloat16() if tensor.ndim else tensor for name, tensor in tensors.items()}
+    if parts == 1:
+        torch_files.save_file(tensors, directory / OPTIMIZER_FILE)
+        return {name: tensor.float().numpy() for name, tensor in tensors.items()}
+    cut = {name: tensor.shape[0] // 2 for name, tensor in tensors.items() if tensor.ndim}
+    for number in range(2):
+        own, notes = {}, {}
+        for name, first in cut.items():
+            own[name] = tensors[name][first:].clone() if number else tensors[name][:first].clone()
+            notes[name] = (first if number else 0, tensors[name].shape[0])
+        own |= {name: tensor for name, tensor in tensors.items() if not (tensor.ndim or number)}
+        torch_files.save_file(own, directory / part_name(number, 2), metadata=rows_note(notes))
+    return {name: tensor.float().numpy() for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("make_step", [torch_step, mlx_step], ids=["torch", "mlx"])
+def test_a_state_in_bfloat16_is_read_number_by_number_into_one_of_float32(make_step, parts, tmp_path):
+    step, text = make_step(), CountingText()
+    step.train([text.batch(0, 8)], schedule=StepSchedule(lr_scale=1.0, number=0))
+    step.save(tmp_path)
+    state = load_file(tmp_path / OPTIMIZER_FILE)
+    (tmp_path / OPTIMIZER_FILE).unlink()
+    expected = narrowed(state, tmp_path, parts=parts)
+    assert any((expected[name] != array).any() for name, array in state.items())
+
+    other = make_step()
+    other.load(tmp_path)
+    again = tmp_path / "again"
+    again.mkdir()
+    other.save(again)
+    found = load_file(again / OPTIMIZER_FILE)
+    assert {name: array.dtype for name, array in found.items()} == {n: array.dtype for n, array in state.items()}
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array.astype(state[name].dtype), err_msg=name)
 
 
 def rewritten(name: str, change: Callable[[dict, dict], object]) -> Callable[[Path], None]:

@@ -17,7 +17,7 @@ import numpy as np
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten
 
-from anarcho_train.steps.stored_state import stored_state
+from anarcho_train.steps.stored_state import StoredState
 
 _thread = threading.local()
 
@@ -117,25 +117,49 @@ def write_arrays(path: Path, arrays: dict[str, mx.array]) -> None:
         raise OSError(f"{path.parent} cannot be written ({error}); free space there and resume the run") from error
 
 
+class _ArrayFile:
+    """A safetensors file as MLX itself reads it: `safe_open` takes slices of NumPy, which has no bfloat16.
+
+    The bytes of an array are read when it is evaluated, and the file keeps none that it has handed out.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._arrays: dict[str, mx.array] = {}
+
+    def get_tensor(self, name: str) -> mx.array:
+        """All that the file has of a tensor."""
+        if name not in self._arrays:
+            arrays: Any = mx.load(str(self._path), format="safetensors")
+            self._arrays = arrays
+        return self._arrays.pop(name)
+
+    get_slice = get_tensor
+
+
 def load_optimizer(directory: Path, optimizer: Optimizer, model: nn.Module) -> None:
-    """Sets the optimizer's arrays from a checkpoint, after all names and shapes were compared; ValueError names one that does not fit."""
+    """Sets the optimizer's arrays from a checkpoint, after all names and shapes were compared; ValueError names one that does not fit.
+
+    Numbers keep the types that the optimizer has them in, whatever the file has: what PyTorch saved in bfloat16 becomes float32.
+    """
     places = _places(optimizer, model)
     advice = "resume with the run's own config"
-    with stored_state(directory, framework="mlx", join=lambda parts: mx.concatenate(list(parts))) as stored:
-        found = stored.layouts.keys()
-        if not found:  # Of an optimizer that has made no step yet, PyTorch saves nothing.
-            return
-        if missing := sorted(places.keys() - found):
-            raise ValueError(
-                f"{stored.place_of_all} lacks {missing[0]}; expected the state of this optimizer and model: {advice}"
-            )
-        if unknown := sorted(found - places.keys()):
-            path = stored.place(unknown[0])
-            raise ValueError(f"{path} holds {unknown[0]}, which this optimizer and model do not have: {advice}")
-        for name, (container, key) in sorted(places.items()):
-            shape, expected = stored.layouts[name].shape, container[key].shape
-            if shape != expected:
-                path = stored.place(name)
-                raise ValueError(f"{path} holds {name} of shape {shape}; expected {expected}: {advice}")
-        for name, (container, key) in places.items():
-            container[key] = stored.tensor(name).astype(container[key].dtype)
+    stored = StoredState(directory, _ArrayFile, lambda parts: mx.concatenate(list(parts)))
+    found = stored.layouts.keys()
+    if not found:  # Of an optimizer that has made no step yet, PyTorch saves nothing.
+        return
+    if missing := sorted(places.keys() - found):
+        raise ValueError(
+            f"{stored.place_of_all} lacks {missing[0]}; expected the state of this optimizer and model: {advice}"
+        )
+    if unknown := sorted(found - places.keys()):
+        path = stored.place(unknown[0])
+        raise ValueError(f"{path} holds {unknown[0]}, which this optimizer and model do not have: {advice}")
+    for name, (container, key) in sorted(places.items()):
+        shape, expected = stored.layouts[name].shape, container[key].shape
+        if shape != expected:
+            path = stored.place(name)
+            raise ValueError(f"{path} holds {name} of shape {shape}; expected {expected}: {advice}")
+    for name, (container, key) in places.items():
+        container[key] = stored.tensor(name).astype(container[key].dtype)
+        mx.eval(container[key])  # Before the next one is read, so that there are no two copies of the state.
