@@ -64,6 +64,9 @@ def test_keys_that_older_files_leave_out_take_the_defaults_of_transformers():
         ({"hidden_dim": True}, "model.hidden_dim is True"),
         ({"norm_eps": float("nan")}, "model.norm_eps is nan"),
         ({"rope_theta": 0.0}, "model.rope_theta is 0.0"),
+        ({"rope_theta": 1e39}, "model.rope_theta is 1e\\+39"),
+        ({"norm_eps": 1e300}, "model.norm_eps is 1e\\+300"),
+        ({"num_layers": 10**20}, "model.num_layers is 100000000000000000000"),
     ],
 )
 def test_an_impossible_shape_is_refused_by_its_key(options, key):
@@ -88,6 +91,15 @@ def test_an_impossible_rope_scaling_is_refused_by_its_key(options, key):
 def test_a_negative_standard_deviation_is_refused_by_its_key():
     with pytest.raises(ConfigError, match=r"init\.head_std is -1\.0, expected"):
         InitConfig(head_std=-1.0)
+
+
+@pytest.mark.parametrize("name", ["embedding_std", "head_std", "linear_scale", "qk_norm_gain"])
+def test_initial_weights_beyond_float32_are_refused_by_their_key(name):
+    with pytest.raises(
+        ConfigError, match=rf"init\.{name} is 1e\+300, expected at most 3\.4e\+38, which float32 can hold"
+    ):
+        InitConfig(**{name: 1e300})
+    assert getattr(InitConfig(**{name: 3.4e38}), name) == 3.4e38
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import sys
 from collections import Counter
 
 import pytest
-from anarcho_tokenize import Tokenizer, TokenizerConfig, TokenizerError, train_tokenizer
+from anarcho_tokenize import DataConfig, ShardError, Tokenizer, TokenizerConfig, TokenizerError, train_tokenizer
 from anarcho_tokenize.piece_model import NORMAL
 from anarcho_tokenize.training import sample_documents, sample_lines
 
@@ -97,11 +97,30 @@ def test_lone_surrogate_names_document_and_character() -> None:
         ("sample_bytes", -1),
         ("max_piece_length", 1.5),
         ("character_coverage", 0.5),
+        ("vocab_size", 2**31),
+        ("max_piece_length", 513),
+        ("num_threads", 1025),
     ],
 )
 def test_configuration_names_the_wrong_field(field: str, value: object) -> None:
     with pytest.raises(TokenizerError, match=rf"tokenizer\.{field} is {value!r}; expected"):
         TokenizerConfig(**{field: value})
+
+
+@pytest.mark.parametrize("limit", [{"max_piece_length": 512}, {"num_threads": 1024}])
+def test_what_the_configuration_allows_sentencepiece_takes(limit: dict[str, int]) -> None:
+    config = TokenizerConfig(vocab_size=300, **limit)
+    assert train_tokenizer(["The whale and the sea, the sea and the whale."] * 20, config=config).vocab_size == 300
+
+
+def test_the_largest_vocabulary_is_refused_for_the_text_alone() -> None:
+    with pytest.raises(TokenizerError, match=r"tokenizer\.vocab_size is 2147483647, but the text supports at most"):
+        train_tokenizer(["hello world"] * 20, config=TokenizerConfig(vocab_size=2**31 - 1))
+
+
+def test_more_workers_than_processes_can_be_are_refused() -> None:
+    with pytest.raises(ShardError, match=r"data\.num_workers is 100000000000; expected at most 1024"):
+        DataConfig(num_workers=10**11)
 
 
 def test_splitting_digits_can_be_turned_off() -> None:

@@ -219,6 +219,8 @@ def test_a_batch_without_the_reference_that_the_loss_needs_is_refused_before_the
         ({"label_smoothing": 0.5}, "preference.label_smoothing is 0.5"),
         ({"loss": "ipo", "label_smoothing": 0.1}, "preference.label_smoothing is 0.1, which ipo does not have"),
         ({"loss": "simpo", "gamma": -1.0}, "preference.gamma is -1.0"),
+        ({"beta": 1e39}, r"preference.beta is 1e\+39; expected a positive number that float32 can hold"),
+        ({"loss": "simpo", "gamma": 1e300}, r"preference.gamma is 1e\+300; .* that float32 can hold"),
         ({"loss": "simpo", "length_normalization": False}, "preference.length_normalization is False, but simpo"),
         ({"loss": "kto", "length_normalization": True}, "preference.length_normalization is True, but kto"),
     ],

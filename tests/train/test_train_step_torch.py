@@ -220,11 +220,24 @@ def test_float16_scales_the_loss_and_survives_an_overflow(monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("steps", 0), ("micro_batch", 0), ("seed", -1), ("grad_clip", -1.0), ("precision", "half")]
+    ("key", "value"),
+    [
+        ("steps", 0),
+        ("micro_batch", 0),
+        ("seed", -1),
+        ("seed", 2**63),
+        ("grad_clip", -1.0),
+        ("rank_timeout_seconds", 1e300),
+        ("precision", "half"),
+    ],
 )
 def test_a_bad_setting_is_refused_by_name(key, value):
     with pytest.raises(ValueError, match=f"train.{key}"):
         TrainConfig(**{key: value})
+
+
+def test_the_largest_seed_is_one_that_the_generator_takes():
+    torch.manual_seed(TrainConfig(seed=2**63 - 1).seed)
 
 
 def test_a_batch_that_is_no_multiple_of_the_sequence_is_refused_with_the_nearest():

@@ -19,6 +19,10 @@ from typing import Any, Literal
 __all__ = ["ConfigError", "InitConfig", "ModelConfig", "RopeScaling"]
 
 ROPE_TYPES = ("linear", "llama3")
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
+"""The largest number of float32, the type of the weights."""
+MAX_LAYERS = 2**16
+"""Far more than models have: the names of all tensors have to fit into memory."""
 
 
 class ConfigError(ValueError):
@@ -88,7 +92,7 @@ class ModelConfig:
     context_length: int = 4096
     """The most tokens that one sequence may hold."""
     num_layers: int = 12
-    """Number of blocks (attention and feed-forward)."""
+    """Number of blocks (attention and feed-forward), at most 65,536."""
     dim: int = 768
     """Width of the residual stream."""
     num_heads: int = 12
@@ -113,6 +117,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "num_layers", "dim", "num_heads"):
             _require_positive(f"model.{name}", getattr(self, name), whole=True)
+        if self.num_layers > MAX_LAYERS:
+            raise ConfigError(f"model.num_layers is {self.num_layers}, expected at most {MAX_LAYERS}.")
         for name in ("num_kv_heads", "head_dim", "hidden_dim"):
             if getattr(self, name) is not None:
                 _require_positive(f"model.{name}", getattr(self, name), whole=True)
@@ -254,6 +260,7 @@ class InitConfig:
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
                 raise ConfigError(f"init.{name} is {value!r}, expected a finite number of at least 0.")
+            _require_float32(f"init.{name}", value)
 
     def gain(self, name: str) -> float:
         """First value of a norm's gain, by its name in the file."""
@@ -275,3 +282,10 @@ def _require_positive(key: str, value: Any, *, whole: bool) -> None:
     kind, expected = (int, "a whole number of at least 1") if whole else (int | float, "a finite number above 0")
     if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < math.inf:
         raise ConfigError(f"{key} is {value!r}, expected {expected}.")
+    if not whole:
+        _require_float32(key, value)
+
+
+def _require_float32(key: str, value: float) -> None:
+    if value > FLOAT32_MAX:
+        raise ConfigError(f"{key} is {value!r}, expected at most {FLOAT32_MAX:.2g}, which float32 can hold.")

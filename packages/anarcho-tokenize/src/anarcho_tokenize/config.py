@@ -13,6 +13,11 @@ Kind = Literal["text", "chat", "preference"]
 REMOTE = ("hf://", "https://", "http://")
 """How the names of sources begin that are not on this machine."""
 
+MAX_VOCABULARY, MAX_PIECE_LENGTH, MAX_THREADS = 2**31 - 1, 512, 1024
+"""SentencePiece's own limits."""
+MAX_WORKERS = 1024
+"""Each is a process; more than any machine gains from."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
@@ -46,10 +51,10 @@ class TokenizerConfig:
     """Share of the sample's characters that get a piece of their own; rarer ones are written as UTF-8 bytes."""
 
     max_piece_length: int = 16
-    """Longest piece to learn, in characters."""
+    """Longest piece to learn, in characters, at most 512."""
 
     num_threads: int = 1
-    """Threads that learn; the pieces are equal for equal seed and threads, the model file records both."""
+    """Threads that learn, at most 1024; the pieces are equal for equal seed and threads, the model file records both."""
 
     def __post_init__(self) -> None:
         _check_counts(
@@ -57,6 +62,12 @@ class TokenizerConfig:
             "tokenizer",
             TokenizerError,
             ("vocab_size", "sample_bytes", "sample_documents", "scan_bytes", "max_piece_length", "num_threads"),
+        )
+        _check_limits(
+            self,
+            "tokenizer",
+            TokenizerError,
+            {"vocab_size": MAX_VOCABULARY, "max_piece_length": MAX_PIECE_LENGTH, "num_threads": MAX_THREADS},
         )
         if self.vocab_size <= FIRST_LEARNED:
             raise TokenizerError(
@@ -198,7 +209,7 @@ class DataConfig:
     """Whether attention and positions start anew at each document of a packed sequence."""
 
     num_workers: int | None = None
-    """Processes that tokenize, 0 for none beside the reader; when not given, one a core where there is much text."""
+    """Processes that tokenize, at most 1024, 0 for none beside the reader; when not given, one a core where there is much text."""
 
     network_retries: int = 8
     """Attempts after a network failure, with growing pauses of up to a minute, before the source is given up."""
@@ -210,6 +221,7 @@ class DataConfig:
         )
         _check_counts(self, "data", ShardError, ("shuffle_tokens", "disk_budget"))
         _check_counts(self, "data", ShardError, ("num_workers", "network_retries"), least=0)
+        _check_limits(self, "data", ShardError, {"num_workers": MAX_WORKERS})
         if not 0 <= self.validation_fraction < 1:
             raise ShardError(
                 f"data.validation_fraction is {self.validation_fraction!r}; expected a share from 0 to below 1."
@@ -280,3 +292,10 @@ def _check_counts(
         value = getattr(config, name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise error(f"{section}.{name} is {value!r}; expected a whole number of at least {least}.")
+
+
+def _check_limits(config: object, section: str, error: type[ValueError], limits: Mapping[str, int]) -> None:
+    for name, most in limits.items():
+        value = getattr(config, name)
+        if value is not None and value > most:
+            raise error(f"{section}.{name} is {value}; expected at most {most}.")

@@ -8,6 +8,13 @@ from typing import Literal, get_args
 
 PreferenceLossName = Literal["dpo", "ipo", "simpo", "orpo", "kto"]
 
+LARGEST_SEED = 2**63 - 1
+"""What the generators of both frameworks take."""
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
+"""The largest number of float32, in which losses are computed."""
+LONGEST_TIMEOUT_SECONDS = 1e9
+"""Thirty years; the clocks of the libraries that wait end at some multiple of it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -52,7 +59,7 @@ class TrainConfig:
     log_every: int = 10
     """Optimizer steps between lines of the metrics file."""
     seed: int = 0
-    """Seed of the initial weights and of the order of the data."""
+    """Seed of the initial weights and of the order of the data, from 0 to 2^63 - 1."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Arithmetic of the matrix products; weights and optimizer state are float32 in any case but `lean`."""
     narrow_residual: bool = False
@@ -122,9 +129,11 @@ class TrainConfig:
                 raise ValueError(
                     f"train.{name} is {value}; expected a whole number of at least 1, or leave the key out"
                 )
-        for name in ("eval_every", "checkpoint_every", "early_stopping_patience", "seed"):
+        for name in ("eval_every", "checkpoint_every", "early_stopping_patience"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; expected zero or a positive whole number")
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise ValueError(f"train.seed is {self.seed}; expected a whole number from 0 to 2**63 - 1")
         if self.lean and self.precision not in ("auto", "bfloat16"):
             raise ValueError(
                 f"train.lean is true and train.precision is {self.precision!r}; expected 'bfloat16' or 'auto'"
@@ -145,9 +154,10 @@ class TrainConfig:
         for name in ("grad_clip", "early_stopping_min_delta", "neftune_alpha", "checkpoint_minutes"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"train.{name} is {getattr(self, name)}; expected zero or a positive number")
-        if not 0 < self.rank_timeout_seconds < float("inf"):
+        if not 0 < self.rank_timeout_seconds <= LONGEST_TIMEOUT_SECONDS:
             raise ValueError(
-                f"train.rank_timeout_seconds is {self.rank_timeout_seconds}; expected a positive number of seconds"
+                f"train.rank_timeout_seconds is {self.rank_timeout_seconds}; "
+                f"expected a positive number of seconds, at most {LONGEST_TIMEOUT_SECONDS:,.0f}"
             )
         choices = {
             "precision": ("auto", "float32", "bfloat16", "float16"),
@@ -224,13 +234,17 @@ class PreferenceConfig:
         names = get_args(PreferenceLossName)
         if self.loss not in names:
             raise ValueError(f"preference.loss is {self.loss!r}; expected one of {', '.join(names)}")
-        if self.beta is not None and not (0 < self.beta < float("inf")):
-            raise ValueError(f"preference.beta is {self.beta}; expected a positive number, or leave the key out")
+        if self.beta is not None and not (0 < self.beta <= FLOAT32_MAX):
+            raise ValueError(
+                f"preference.beta is {self.beta}; expected a positive number that float32 can hold, or leave the key out"
+            )
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"preference.label_smoothing is {self.label_smoothing}; expected at least 0 and below 0.5")
         for name in ("gamma", "desirable_weight", "undesirable_weight"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"preference.{name} is {getattr(self, name)}; expected zero or a positive number")
+            if not 0 <= getattr(self, name) <= FLOAT32_MAX:
+                raise ValueError(
+                    f"preference.{name} is {getattr(self, name)}; expected zero or a positive number that float32 can hold"
+                )
         self._require_meaning()
 
     def _require_meaning(self) -> None:
