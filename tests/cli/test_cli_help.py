@@ -68,6 +68,13 @@ def test_every_command_and_every_option_explains_itself(name: str, anarcho) -> N
     assert result.stdout.startswith("Usage: anarcho")
 
 
+def test_the_plan_speaks_of_no_run_because_it_has_none(anarcho) -> None:
+    text = " ".join(anarcho("plan", "--help").stdout.split()).lower()
+    assert "--json" in text
+    assert "resuming" not in text
+    assert "run directory" not in text
+
+
 def test_version_is_the_installed_one(anarcho) -> None:
     assert anarcho("--version").stdout == f"anarcho {version('anarcho-cli')}\n"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,6 +95,12 @@ def test_launch_is_torchrun_for_one_machine_with_the_command_as_it_stands():
     ]
     assert order.elsewhere().startswith("torchrun --nnodes MACHINES --rdzv-backend c10d")
     assert order.elsewhere().endswith("-m anarcho_cli pretrain --name run --set optim.lr=0.1")
+
+
+def test_the_document_on_scaling_shows_the_line_that_is_printed():
+    command = ["pretrain", "--device", "cuda", "--name", "run", "..."]
+    line = Order(processes=4, max_restarts=0, command=command).elsewhere()
+    assert f"`{line}`" in (Path(__file__).resolve().parents[2] / "docs" / "scaling.md").read_text("utf-8")
 
 
 def test_what_launch_cannot_start_is_refused_before_torch_is_loaded():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from anarcho_cli.main import app
@@ -31,3 +32,13 @@ def test_every_command_and_option_that_the_readme_shows_exists() -> None:
         assert options <= known, f"{words}: {options - known}"
         checked += 1
     assert checked > 20
+
+
+def test_the_table_of_commands_has_all_of_them() -> None:
+    table = README.split("\n## Commands\n")[1].split("\n## ")[0]
+    rows = {words.strip() for words in re.findall(r"^\| `anarcho ([a-z ]+)", table, re.MULTILINE)}
+    rows |= {f"config {name}" for name in ("schema", "presets") if f"`{name}`" in table}
+    commands: Any = get_command(app)
+    for name, command in commands.commands.items():
+        for leaf in getattr(command, "commands", {"": None}):
+            assert f"{name} {leaf}".strip() in rows

@@ -8,12 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from anarcho_cli.devices import Device
+from anarcho_cli.devices import Backend, Device
 from anarcho_cli.training_commands import (
-    BackendOption,
-    DeviceOption,
     FileOption,
-    JsonOption,
     PresetOption,
     RunsDirOption,
     SetOption,
@@ -31,11 +28,16 @@ def plan(
     file: FileOption = None,
     overrides: SetOption = None,
     runs_dir: RunsDirOption = Path("runs"),
-    device: DeviceOption = Device.auto,
-    backend: BackendOption = None,
+    device: Annotated[
+        Device, typer.Option("--device", help="auto is the Apple GPU where there is one, else the CPU.")
+    ] = Device.auto,
+    backend: Annotated[
+        Backend | None,
+        typer.Option("--backend", help="Framework that computes, torch if left out; mlx is made for Apple GPUs."),
+    ] = None,
     processes: Annotated[int, typer.Option(help="Of so many processes of PyTorch: what each takes.", min=1)] = 1,
     machines: Annotated[int, typer.Option(help="On how many machines these are, as many on each.", min=1)] = 1,
-    json: JsonOption = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the forecast as a JSON object.")] = False,
 ) -> None:
     """Forecast a run's memory, disk and time, and the largest model that trains on this machine; nothing is written."""
     from anarcho_cli.benching.subject import ceiling
