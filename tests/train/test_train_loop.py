@@ -154,6 +154,12 @@ def test_a_micro_batch_that_does_not_divide_the_batch_is_refused_with_the_neares
         make_loop(micro_batch=3)
 
 
+def test_the_nearest_micro_batch_is_found_however_large_the_step_is():
+    config = TrainConfig(batch_tokens=64 * 10**17, micro_batch=77)
+    with pytest.raises(ValueError, match=r"train.micro_batch is 77, which does not divide .* of a step; use 80"):
+        config.batch_sequences(64)
+
+
 def test_bits_per_byte_counts_the_bytes_of_the_text():
     step, text = make_step(), CountingText()
     loss, bits = evaluate(step, text, batch_size=3, sequence_length=4)

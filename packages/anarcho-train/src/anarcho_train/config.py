@@ -196,9 +196,9 @@ class TrainConfig:
             )
         sequences = self.batch_tokens // sequence_length
         if self.micro_batch != "auto" and sequences % self.micro_batch:
-            micro_batch = self.micro_batch
-            divisors = [d for d in range(1, sequences + 1) if sequences % d == 0]
-            nearest = min(divisors, key=lambda d: abs(d - micro_batch))
+            start = min(self.micro_batch, sequences)
+            around = (size for distance in range(start) for size in (start - distance, start + distance))
+            nearest = next(size for size in around if sequences % size == 0)
             raise ValueError(
                 f"train.micro_batch is {self.micro_batch}, which does not divide the {sequences} sequences of a step; use {nearest}"
             )
