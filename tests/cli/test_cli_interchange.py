@@ -54,13 +54,16 @@ def test_a_directory_is_exported_with_a_card_and_read_by_transformers(form, mode
     assert exported.stdout == f"{tmp_path / 'small'}\n", exported.output
     assert same(model, tmp_path / "small")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
-    assert AutoTokenizer.from_pretrained(tmp_path / "small").encode(TEXT) == load_tokenizer(model).encode(TEXT)
-    tokenizer = load_tokenizer(model)
+    tokenizer, their_tokenizer = load_tokenizer(model), AutoTokenizer.from_pretrained(tmp_path / "small")
+    assert their_tokenizer.encode(TEXT) == tokenizer.encode(TEXT)
     assert theirs.generation_config.eos_token_id == [tokenizer.eot_id, tokenizer.special_tokens[END]]
     card = (tmp_path / "small" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name:")
     assert 'license: "mit"' in card
     assert "# small" in card
+    (line,) = (line for line in card.splitlines() if line.startswith("tokenizer("))
+    prompt = eval(line, {"tokenizer": their_tokenizer, "prompt": TEXT})["input_ids"]
+    assert prompt.tolist() == [[tokenizer.eot_id, *tokenizer.encode(TEXT)]], "as anarcho generate has it"
     assert not list(tmp_path.glob(".*.partial"))
 
 

@@ -144,6 +144,23 @@ ADAPTED = {
 }
 
 
+def test_pairs_that_do_not_fit_the_sequence_are_told_and_counted(base: Path, tmp_path: Path, anarcho) -> None:
+    long = "sea " * 400
+    rows = [{"prompt": f"{n}?", "chosen": "whale", "rejected": "ship"} for n in range(20)]
+    rows += [{"prompt": f"{long}{n}?", "chosen": "whale", "rejected": "ship"} for n in range(5)]
+    rows += [{"prompt": f"{n}!", "chosen": long, "rejected": "ship"} for n in range(3)]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = ("train.steps=1", "train.batch_tokens=256", "train.micro_batch=4", "data.validation_fraction=0")
+    options = [part for setting in settings for part in ("--set", setting)]
+    result = anarcho("preference", "--from", base, "--data", data, "--runs-dir", tmp_path, "--name", "long", *options)
+    assert result.exit_code == 0, result.output
+    assert "5 of 28 pairs of answers are left out, as an answer begins only after 64 tokens" in result.stderr
+    assert "3 of 28 pairs of answers are cut at 64 tokens" in result.stderr
+    start = json.loads((tmp_path / "long" / "metrics.jsonl").read_text().splitlines()[0])
+    assert (start["pairs"], start["pairs_left_out"], start["pairs_cut"]) == (23, 5, 3)
+
+
 def test_an_adapter_alone_learns_the_answers_and_the_checkpoint_is_a_whole_model(base, tmp_path, anarcho) -> None:
     import torch
     from anarcho_model.lora.peft import load_adapter

@@ -317,7 +317,9 @@ def test_sequential_batches_hold_every_token_once_in_fixed_shapes(
         assert sorted(targets) == sorted(shards.tokens(0, shards.num_tokens).tolist())
     if (shards.kind, packing) == ("text", "concat"):
         assert targets == shards.tokens(0, shards.num_tokens).tolist()
-    assert batches.num_bytes == shards.num_bytes
+    assert batches.num_bytes == 3 * batches.num_tokens, (
+        "a token has three bytes, and of conversations only targets count"
+    )
 
 
 @pytest.mark.parametrize("packing", PACKINGS)

@@ -65,6 +65,7 @@ def test_conversations_are_read_in_every_form(row: dict) -> None:
     [
         {"messages": [{"role": "system", "content": "Be kind."}, ASKED, SAID]},
         {"messages": [{"role": "developer", "content": "Be kind."}, ASKED, SAID]},
+        {"messages": [{"role": "system", "content": "Be kind."}, ASKED, SAID | {"weight": 1, "tool_calls": []}]},
         {"conversations": [{"from": "system", "value": "Be kind."}, {"from": "human", "value": "Hi"}, SAID]},
         {"system_prompt": "Be kind.", "question": "Hi", "response": " Hello.\n"},
         {"system": "Be kind.", "messages": [ASKED, SAID]},
@@ -98,6 +99,14 @@ def test_roles_need_not_take_turns_and_contents_may_be_empty() -> None:
         ({"messages": [ASKED, "Hello."]}, "Message 2 of 'messages' is 'Hello.'; expected an object"),
         ({"messages": [ASKED, {"role": "tool", "content": "x"}]}, "Message 2 of 'messages' has the role 'tool'"),
         ({"messages": [ASKED, {"content": "x"}]}, "Message 2 of 'messages' has the role None"),
+        (
+            {"messages": [ASKED, {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}]},
+            "Message 2 of 'messages' has tool_calls; expected messages of text alone",
+        ),
+        (
+            {"messages": [ASKED, SAID | {"weight": 0}]},
+            "Message 2 of 'messages' has the weight 0; expected 1, or none",
+        ),
         (
             {"messages": [{"role": "user", "content": None}, SAID]},
             "Message 1 of 'messages' holds None; expected a text",

@@ -1,11 +1,12 @@
 """What is taken of the rows: filters, duplicates, and shares of a mixture."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
-from anarcho_tokenize import DataConfig
+from anarcho_tokenize import DataConfig, SourceError
 from anarcho_tokenize.config import SourceConfig
 from anarcho_tokenize.sources import BadRow, Dropped, Example, Examples
 from hypothesis import given, settings
@@ -198,3 +199,16 @@ def test_progress_of_a_mixture_tells_when_it_will_end(tmp_path: Path) -> None:
             done, total = examples.progress
             assert total is not None
             assert done / total == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, math.inf, math.nan])
+def test_a_weight_that_leaves_nothing_to_others_is_refused(weight: float) -> None:
+    with pytest.raises(SourceError, match=r"data.sources has the weight .*; expected a positive number"):
+        SourceConfig(source="a.txt", weight=weight)
+
+
+@pytest.mark.parametrize("config", [DataConfig, SourceConfig])
+@pytest.mark.parametrize("score", [math.inf, math.nan])
+def test_a_score_that_no_row_compares_with_is_refused(config: type, score: float) -> None:
+    with pytest.raises(SourceError, match=r"data.min_score is .*; expected a finite number"):
+        config(source="a.txt", min_score=score)

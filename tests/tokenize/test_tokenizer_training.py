@@ -73,8 +73,12 @@ def test_too_large_a_vocabulary_names_the_largest_possible_which_works() -> None
 
 @pytest.mark.parametrize("vocab_size", [266, 270])
 def test_too_small_a_vocabulary_says_what_is_needed(vocab_size: int) -> None:
-    with pytest.raises(TokenizerError, match=rf"vocab_size is {vocab_size}, but .* need \d+"):
+    with pytest.raises(
+        TokenizerError, match=rf"vocab_size is {vocab_size}, but .* need \d+; choose that or more"
+    ) as caught:
         train_tokenizer(["hello world"], config=TokenizerConfig(vocab_size=vocab_size))
+    least = int(str(caught.value).split("need ")[1].split(";")[0])
+    assert train_tokenizer(["hello world"], config=TokenizerConfig(vocab_size=least)).vocab_size == least
 
 
 @pytest.mark.parametrize("documents", [[], [""], ["\n\n", "\0"]])

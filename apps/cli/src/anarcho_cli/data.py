@@ -105,8 +105,11 @@ def _prepared(config: RunConfig, directory: Path, tokenizer: AnyTokenizer) -> Ru
         raise ValueError(
             f"data.kind is {config.data.kind!r}, but {directory} was prepared as {train.kind!r}; use the same, or prepare it anew"
         )
+    facts = {"train_tokens": train.num_tokens, "validation_tokens": validation.num_tokens}
     if config.data.kind == "preference":
         batches, held_out = _pairs(config, train, validation)
+        facts |= {"pairs": batches.num_units, "pairs_left_out": batches.num_dropped, "pairs_cut": batches.num_truncated}
+        _tell_of_long_pairs(batches, config.sequence_length)
     else:
         batches, held_out = _packed(config, train), _sequential(config, validation) if validation.num_tokens else None
     return RunData(
@@ -115,7 +118,7 @@ def _prepared(config: RunConfig, directory: Path, tokenizer: AnyTokenizer) -> Ru
         samples_per_step=samples_per_step(config) if config.data.kind == "preference" else None,
         samples_per_epoch=batches.num_batches if isinstance(batches, BucketBatches) else batches.num_samples,
         sha256=hashlib.sha256(f"{train.fingerprint}{validation.fingerprint}".encode()).hexdigest(),
-        facts={"train_tokens": train.num_tokens, "validation_tokens": validation.num_tokens},
+        facts=facts,
         release=lambda sample: None,
         announcements=damage,
     )
@@ -215,6 +218,16 @@ def _pairs(
     if not validation.num_tokens:
         return batches, None
     return batches, SequentialBucketBatches(validation, batch_tokens=tokens, length=length, ladder=batches.ladder)
+
+
+def _tell_of_long_pairs(batches: BucketBatches, length: int) -> None:
+    total = batches.num_units + batches.num_dropped
+    for count, what in (
+        (batches.num_dropped, "left out, as an answer begins only after"),
+        (batches.num_truncated, "cut at"),
+    ):
+        if count:
+            note(f"{count} of {total} pairs of answers are {what} {length} tokens (train.sequence_length)")
 
 
 def samples_per_step(config: RunConfig) -> int:

@@ -23,6 +23,8 @@ class Facts:
     """Of the model."""
     licence: str | None
     """As the user names it, such as `mit`."""
+    start: str | None = None
+    """The token that stands before a text."""
     model: dict[str, Any] = field(default_factory=dict)
     """Fields of the model's shape -> values."""
     data: str | None = None
@@ -38,8 +40,10 @@ class Facts:
 def read_facts(model: Path, *, source: Path, name: str, licence: str | None) -> Facts:
     """What is known of a model directory; ``source`` is the run, checkpoint or directory that the user named."""
     from anarcho_model.directory import load_config
+    from anarcho_tokenize import load_tokenizer
 
-    config = load_config(model)
+    config, tokenizer = load_config(model), load_tokenizer(model)
+    start_token = next((text for text, number in tokenizer.special_tokens.items() if number == tokenizer.eot_id), None)
     shape = {
         "Architecture": "Qwen3" if config.qk_norm else "Llama",
         "Parameters": f"{config.num_parameters:,}",
@@ -51,7 +55,7 @@ def read_facts(model: Path, *, source: Path, name: str, licence: str | None) -> 
     }
     run = next((path for path in (source, *source.resolve().parents[:2]) if (path / _CONFIG).is_file()), None)
     if run is None:
-        return Facts(name=name, licence=licence, model=shape)
+        return Facts(name=name, licence=licence, start=start_token, model=shape)
     from anarcho_monitor.metrics import number_from_json
 
     from anarcho_cli.config import load
@@ -68,6 +72,7 @@ def read_facts(model: Path, *, source: Path, name: str, licence: str | None) -> 
     return Facts(
         name=name,
         licence=licence,
+        start=start_token,
         model=shape,
         data=", ".join(specs),
         datasets=tuple(spec.removeprefix("hf://").partition(":")[0] for spec in specs if spec.startswith("hf://")),
@@ -106,6 +111,14 @@ def model_card(facts: Facts) -> str:
     lines = ["---", *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items()), "---", ""]
     lines += [f"# {facts.name}", "", "A language model that was trained or taken over with AnarchoBot.", ""]
     lines += _table("Model", facts.model)
+    if facts.start is not None:
+        lines += [
+            "## Use",
+            "",
+            "In training a text stands behind the end of the one before. So put that before a prompt that is no chat:",
+            "",
+        ]
+        lines += ["```python", f'tokenizer("{facts.start}" + prompt, return_tensors="pt")', "```", ""]
     if facts.data is not None:
         lines += ["## Data", "", facts.data, ""]
     lines += _table("Training", facts.trained)

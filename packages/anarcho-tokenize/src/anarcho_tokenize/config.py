@@ -1,5 +1,6 @@
 """What a user can choose about tokenizer and data; plain standard library, so that reading a configuration stays cheap."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -120,7 +121,7 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         _check_source(self)
-        if not self.weight > 0:
+        if not 0 < self.weight < math.inf:
             raise SourceError(f"data.sources has the weight {self.weight!r}; expected a positive number.")
 
 
@@ -283,6 +284,8 @@ def _check_source(config: SourceConfig | DataConfig) -> None:
         raise ShardError("data.document_separator is empty; expected a text that separates documents, or no such key.")
     _check_counts(config, "data", SourceError, ("max_chars",))
     _check_counts(config, "data", SourceError, ("min_chars",), least=1)
+    if config.min_score is not None and not math.isfinite(config.min_score):
+        raise SourceError(f"data.min_score is {config.min_score!r}; expected a finite number, or no such key.")
 
 
 def _check_counts(

@@ -180,10 +180,10 @@ class SequentialBatches:
         """Rows in all."""
         self.num_tokens = self._reader.total_weight()
         """Tokens that count as targets: the sum of the weights."""
-        self.num_bytes = shards.num_bytes
-        if shards.damaged:  # Of lost shards, the share of the tokens.
-            self.num_bytes = round(self.num_bytes * (1 - shards.damaged_tokens / shards.num_tokens))
-        """UTF-8 bytes of all documents: bits per byte = loss per token * num_tokens / num_bytes / ln 2."""
+        there = shards.num_tokens - shards.damaged_tokens if shards.kind == "text" else self.num_tokens
+        self.num_bytes = round(shards.num_bytes * there / max(1, shards.num_tokens))
+        """UTF-8 bytes of the documents that are there, or of what counts in conversations, taken as its share of all tokens:
+        bits per byte = loss per token * num_tokens / num_bytes / ln 2."""
         if self.num_tokens == 0:
             raise ShardError(f"{shards.directory} holds no token; expected some to evaluate on.")
 

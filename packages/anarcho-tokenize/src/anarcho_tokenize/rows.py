@@ -64,6 +64,7 @@ _ANSWERS = ("completion", "response", "output", "answer")
 _CONTEXTS = ("input", "context")
 _SYSTEMS = ("system_prompt", "system")
 _SCORES = ("overall_score", "fine-grained_score")
+_CALLS = ("tool_calls", "function_call")
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _SHOWN_CHARACTERS = 60
 
@@ -175,6 +176,12 @@ def _message(value: object, *, name: str) -> Message:
     known = _ROLES.get(role.strip().lower()) if isinstance(role, str) else None
     if known is None:
         raise RowError(f"{name} has the role {_shown(role)}; expected system, user or assistant.")
+    if calls := [key for key in _CALLS if value.get(key)]:
+        raise RowError(f"{name} has {calls[0]}; expected messages of text alone, without calls of tools.")
+    if (weight := value.get("weight")) is not None and weight != 1:
+        raise RowError(
+            f"{name} has the weight {_shown(weight)}; expected 1, or none: every message of the assistant counts."
+        )
     if isinstance(content, list | tuple):
         content = "".join(_part(part, name=name) for part in content)
     return Message(known, _text(content, name=name))

@@ -174,6 +174,6 @@ def _explain(error: RuntimeError, *, config: TokenizerConfig) -> TokenizerError:
     if smallest := _TOO_LOW.search(str(error)):
         return TokenizerError(
             f"tokenizer.vocab_size is {config.vocab_size}, but special tokens, bytes and the text's characters need {smallest[1]}; "
-            "choose more than that, or a smaller tokenizer.character_coverage."
+            "choose that or more, or a smaller tokenizer.character_coverage."
         )
     return TokenizerError(f"SentencePiece could not learn a tokenizer: {str(error).strip()}")
