@@ -13,6 +13,7 @@ from anarcho_model import ModelConfig
 from anarcho_model.torch import GPT
 from anarcho_optim import OptimConfig, schedules
 from anarcho_optim.torch import MuonAdamW, param_groups
+from anarcho_optim.torch.fused import FusedStep
 from anarcho_tokenize import Batch
 from anarcho_train import StepSchedule, TrainConfig
 from anarcho_train.steps.torch import TorchStep
@@ -194,6 +195,28 @@ def test_a_loss_that_waits_ends_the_recordings_and_nothing_else(settings):
     other = make_step(cuda_graphs=True, compile="off")
     train(other, range(8), micro_batches=1)
     assert len(other._recordings) == 1
+
+
+@pytest.mark.parametrize("settings", [{}, {"lean": True}], ids=["float32", "lean"])
+def test_an_update_that_waits_is_launched_as_before_and_passes_stay_recorded(settings, monkeypatch):
+    plain, recorded = (make_step(**settings, compile="off", cuda_graphs=choice) for choice in (False, True))
+    launch = FusedStep._launch
+
+    def waits(step: Any, plan: Any) -> None:
+        launch(step, plan)
+        if torch.cuda.is_current_stream_capturing():
+            torch.cuda.current_stream().synchronize()
+
+    monkeypatch.setattr(FusedStep, "_launch", waits)
+    stream, found = torch.cuda.current_stream(), []
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="when stream is capturing"):
+        found.append(train(recorded, range(12), micro_batches=1))
+    torch.manual_seed(0)
+    found.append(train(plain, range(12), micro_batches=1))
+    assert len(recorded._recordings) == 1
+    assert torch.cuda.current_stream() == stream
+    assert found[0] == pytest.approx(found[1], rel=1e-2 if settings else 1e-4)
 
 
 def held(pool: Any) -> int:

@@ -233,8 +233,7 @@ class Cuda:
         self.stream, self.tidy, self.under_way, self.users, self.state = "default", tidy, False, 0, "fresh"
         cuda, library = torch.cuda, torch._C
         monkeypatch.setattr(cuda, "CUDAGraph", lambda: Graph(self))
-        monkeypatch.setattr(cuda.graph, "default_capture_stream", SimpleNamespace(device="cuda:0"))
-        monkeypatch.setattr(torch_graphs, "_own_stream", lambda device: SimpleNamespace(device=device))
+        monkeypatch.setattr(torch_graphs, "_capture_stream", lambda device: SimpleNamespace(device=device))
         monkeypatch.setattr(cuda, "device", lambda device: nullcontext())
         monkeypatch.setattr(cuda, "stream", self.on_stream)
         monkeypatch.setattr(cuda, "synchronize", lambda: None)
@@ -382,19 +381,23 @@ def test_passes_without_gradients_neither_keep_those_of_others_nor_set_them():
     assert all(parameter.grad is None for parameter in step.model.parameters())
 
 
-def test_the_pool_is_told_anew_with_each_recording():
+def test_what_makes_graphs_is_lent_anew_with_each_recording(monkeypatch):
     """Or the update's graph, recorded before, would write where the gradients of a new kind of passes lie."""
-    told: list[Any] = []
+    lent: list[Any] = []
     step = make_step()
     kept = recording(step)
-    kept._share_pool, kept._pool = told.append, "pool"
+    kept._lend, kept._pool = lent.append, "pool"
     losses(step, range(WARM + 1), count=2)
-    assert told == ["pool"] * 2
+    assert len(lent) == 2
     losses(step, range(WARM + 1), rows=2)
-    assert told == ["pool"] * 3
+    assert len(lent) == 3
+    monkeypatch.setattr(
+        torch_graphs, "_capture", lambda work, *, device, pool: (f"graph in the {pool} of {device}", work())
+    )
+    assert [record(lambda: None) for record in lent] == ["graph in the pool of cpu"] * 3
     losses(step, range(5, 8), rows=2)
     kept.stop()
-    assert told == ["pool"] * 3 + [None]
+    assert lent[3:] == [None]
 
 
 def test_a_run_of_many_shapes_records_the_first_few(monkeypatch):

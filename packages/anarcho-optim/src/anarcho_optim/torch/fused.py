@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from anarcho_optim.memory import CUDA_SCRATCH_BYTES
-from anarcho_optim.torch.capture import capture
 from anarcho_optim.torch.newton_schulz import Products, iterate
 from anarcho_optim.torch.plan import (
     CONTROLS,
@@ -41,6 +40,9 @@ from anarcho_optim.torch.plan import (
 )
 from anarcho_optim.torch.update import frobenius_factor, normuon_factors
 
+Record = Callable[[Callable[[], None]], Any]
+"""Makes a graph of what a function gives the device to do, which is not done yet; what it returns does that in `replay`."""
+
 
 class FusedStep:
     """Runs the part of a step that the kernels take, and says what is left."""
@@ -57,14 +59,14 @@ class FusedStep:
             raise ValueError("cuda_graph is True with a process_group; expected at most one of them")
         self._cuda_graph, self._scratch_bytes = cuda_graph, scratch_bytes
         self.process_group, self.stochastic_rounding = process_group, stochastic_rounding
-        self._graph_pool: Any = None
-        self._can_capture = True
+        self._record: Record | None = None
+        self._can_record = True
         self._key: Any = None
         self._plan: Plan | None = None
 
-    def use_graph(self, pool: Any | None) -> None:
+    def use_graph(self, record: Record | None) -> None:
         """See `MuonAdamW.use_graph`."""
-        self._graph_pool = pool if self._can_capture else None
+        self._record = record if self._can_record else None
         if self._plan is not None:
             self._plan.graph = None
 
@@ -138,25 +140,24 @@ class FusedStep:
     def _run(self, plan: Plan) -> None:
         if self.stochastic_rounding:
             plan.seed.random_(2**31)
-        as_graph = self._cuda_graph or self._graph_pool is not None
+        as_graph = self._cuda_graph or self._record is not None
         if as_graph and plan.runs and plan.graph is None:
-            plan.graph = self._captured(plan)
+            plan.graph = self._recorded(plan)
         if plan.graph is None:
             self._launch(plan)
         else:
             plan.graph.replay()
         plan.runs += 1
 
-    def _captured(self, plan: Plan) -> torch.cuda.CUDAGraph | None:
-        """The step as a graph, with nothing done yet; None where `use_graph` alone asked for one and it cannot be had, now or later."""
-        pool = self._graph_pool or torch.cuda.graph_pool_handle()
+    def _recorded(self, plan: Plan) -> Any:
+        """The step as a graph, with nothing done yet; None where one from `use_graph` cannot be had, now or later."""
+        if self._record is None:
+            return _capture(lambda: self._launch(plan), device=plan.settings.device)
         try:
-            return capture(lambda: self._launch(plan), device=plan.settings.device, pool=pool)
+            return self._record(lambda: self._launch(plan))
         except Exception as error:
-            if self._cuda_graph:
-                raise
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        self._can_capture, self._graph_pool = False, None
+        self._can_record, self._record = False, None
         warnings.warn(f"an update could not be recorded as a CUDA graph ({reason}); it goes on without", stacklevel=2)
         return None
 
@@ -168,6 +169,14 @@ class FusedStep:
             del orthogonal  # Or it would lie beside the next batch.
         for vectors in plan.vectors:
             _update_vectors(vectors, plan.settings, seed)
+
+
+def _capture(work: Callable[[], None], *, device: torch.device) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    # Other threads, which prepare data or write files, may use the device meanwhile.
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
+        work()
+    return graph
 
 
 def _control(plan: Plan, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:

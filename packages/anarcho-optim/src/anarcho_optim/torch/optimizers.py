@@ -37,7 +37,7 @@ from anarcho_optim.torch.vectors import Vector, update_vectors
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from anarcho_optim.torch.fused import FusedStep
+    from anarcho_optim.torch.fused import FusedStep, Record
 
 Group = dict[str, Any]
 
@@ -95,14 +95,15 @@ class MuonAdamW(torch.optim.Optimizer):
         # Schedulers look among the defaults for what they can schedule.
         super().__init__(params, defaults)
 
-    def use_graph(self, pool: Any | None) -> None:
-        """From now on a step's CUDA work is one graph, as with ``cuda_graph``, with the temporary memory of ``pool``; None takes that back.
+    def use_graph(self, record: Record | None) -> None:
+        """From now on a step's CUDA work is one graph, as with ``cuda_graph``, but one that ``record`` makes; None takes that back.
 
-        The pool is one of `torch.cuda.graph_pool_handle`. Other graphs may have it, too, if none runs at the same time. Gradients may lie
-        in it, if it is given again whenever there are new ones: the step's graph, which spares what lay there when it was recorded, is then
-        recorded anew.
+        ``record`` captures what the function that it is given lets the device do, in memory that it may share with other graphs if none
+        runs at the same time, and returns something with a method ``replay``. Gradients may lie in that memory, if ``record`` is given
+        again whenever there are new ones: the step's graph, which spares what lay there when it was recorded, is then recorded anew.
+        Where ``record`` fails, a warning says why, and steps go on without a graph.
         """
-        self._fused.use_graph(pool)
+        self._fused.use_graph(record)
 
     def add_param_group(self, param_group: Group) -> None:
         """Adds a group, checks it and creates its state; raises ValueError as the class does."""

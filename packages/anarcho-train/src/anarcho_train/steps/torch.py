@@ -154,10 +154,8 @@ class TorchStep:
         )
         if against and config.cuda_graphs is True:
             notify(f"train.cuda_graphs is true, but {against}; training goes on without")
-        share_pool = getattr(optimizer, "use_graph", lambda pool: None)
-        self._recordings = Recordings(
-            model, choice=False if against else config.cuda_graphs, notify=notify, share_pool=share_pool
-        )
+        lend = getattr(optimizer, "use_graph", lambda record: None)
+        self._recordings = Recordings(model, choice=False if against else config.cuda_graphs, notify=notify, lend=lend)
         if shards is not None:
             shards.serve()
         elif self._several:

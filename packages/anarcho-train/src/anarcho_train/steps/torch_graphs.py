@@ -40,6 +40,9 @@ Tensors = dict[str, Tensor]
 Work = Callable[[Tensors], Any]
 """A pass over tensors that lie on the device, returning others; a backward pass leaves its gradients in the parameters."""
 
+Record = Callable[[Callable[[], None]], Any]
+"""Makes a graph of what a function gives the device to do; what it returns does that in `replay`."""
+
 _abandoned: list[torch.cuda.CUDAGraph] = []
 """Kept, because PyTorch 2.11 goes on to ask them whether memory of the host is theirs."""
 
@@ -56,9 +59,9 @@ class _Recording:
 class Recordings:
     """The recorded passes of a model on one CUDA device. ``choice`` True records whatever comes often, `auto` what the host slows down.
 
-    ``notify`` receives a sentence where recording fails; everything then goes on without. ``share_pool`` is told the pool of memory, which
-    graphs that run between passes may use, and None when it is given up. It is told anew after each recording: graphs that it has led to
-    may write where the new gradients lie, and are not to run again.
+    ``notify`` receives a sentence where recording fails; everything then goes on without. ``lend`` is given what makes a graph that
+    runs between passes, in their memory, and None when that is given up. It is given anew after each recording: graphs that were made
+    before may write where the new gradients lie, and are not to run again.
     """
 
     def __init__(
@@ -67,12 +70,12 @@ class Recordings:
         *,
         choice: bool | Literal["auto"],
         notify: Callable[[str], None],
-        share_pool: Callable[[Any], None] = lambda pool: None,
+        lend: Callable[[Record | None], None] = lambda record: None,
     ) -> None:
         self._parameters = list(model.parameters())
         self._device = self._parameters[0].device
         self._wanted, self._measures, self._notify = bool(choice), choice == "auto", notify
-        self._share_pool = share_pool
+        self._lend = lend
         self._recorded: dict[Hashable, _Recording] = {}
         self._kinds: set[Hashable] = set()
         self._seen: dict[Hashable, int] = {}
@@ -138,7 +141,7 @@ class Recordings:
         self._recorded.clear()
         if self._pool is not None:
             self._pool = None
-            self._share_pool(None)
+            self._lend(None)
             _free_workspaces()
 
     def stop(self) -> None:
@@ -160,7 +163,8 @@ class Recordings:
             self._notify(f"a pass could not be recorded as a CUDA graph ({reason}); training goes on without")
             return None
         self._addresses = self._where()
-        self._share_pool(self._pool)
+        pool = self._pool
+        self._lend(lambda other: _capture(other, device=self._device, pool=pool)[0])
         gradients = [
             (parameter, parameter.grad)
             for parameter, old in zip(self._parameters, before, strict=True)
@@ -228,19 +232,9 @@ def _capture(work: Callable[[], Any], *, device: torch.device, pool: Any) -> tup
     return graph, result
 
 
-def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One of the device for all graphs: what one leaves free in a pool that they share serves only those of the same stream.
-
-    It is the one that PyTorch has for all, if that is of this device, because so optimizers choose theirs, too.
-    """
-    if torch.cuda.graph.default_capture_stream is None:
-        torch.cuda.graph.default_capture_stream = torch.cuda.Stream(device)
-    default = torch.cuda.graph.default_capture_stream
-    return default if default.device == device else _own_stream(device)
-
-
 @functools.cache
-def _own_stream(device: torch.device) -> torch.cuda.Stream:
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One of the device for all graphs: what one leaves free in a pool that they share serves only those of the same stream."""
     return torch.cuda.Stream(device)
 
 
