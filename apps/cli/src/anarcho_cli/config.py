@@ -25,6 +25,7 @@ from anarcho_train import PreferenceConfig, RecoveryConfig, TrainConfig, divisor
 
 from anarcho_cli import schema
 from anarcho_cli.layers import (
+    DEFAULT_PRESET,
     ROOT_KEYS,
     ConfigError,
     Layer,
@@ -52,7 +53,6 @@ __all__ = [
     "resolve",
 ]
 
-DEFAULT_PRESET = "quickstart"
 
 PAIR_BATCH_TOKENS = 4096
 """Tokens of a batch of pairs of answers where `train.micro_batch` is `auto`; more of them at once is of use nowhere."""

@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 PRESETS = resources.files("anarcho_cli") / "presets"
+DEFAULT_PRESET = "quickstart"
+CONTINUED_PRESET = "continued"
+"""The preset of runs that pre-train a model further, unless another is given."""
 
 ROOT_KEYS = {"backend": ("torch", "mlx")}
 """Keys that stand outside any section -> their values: what may change between the attempts at a run, which its files do not keep."""

@@ -9,6 +9,7 @@ import typer
 
 from anarcho_cli.devices import Device
 from anarcho_cli.diagnostics import Diagnostics
+from anarcho_cli.layers import CONTINUED_PRESET, DEFAULT_PRESET
 from anarcho_cli.training_commands import (
     AllowChangesOption,
     BackendOption,
@@ -36,10 +37,6 @@ if TYPE_CHECKING:
     from anarcho_cli.config import RunConfig
 
 
-CONTINUED = "continued"
-"""The preset of runs that begin with a model, unless another is given."""
-
-
 def pretrain(
     ctx: typer.Context,
     base: Annotated[
@@ -48,10 +45,10 @@ def pretrain(
             "--from",
             metavar="MODEL",
             help="Run, checkpoint or model directory to begin with, its tokenizer included; with it, the preset is "
-            f"`{CONTINUED}` unless another is given.",
+            f"`{CONTINUED_PRESET}` unless another is given.",
         ),
     ] = None,
-    preset: PresetOption = "quickstart",
+    preset: PresetOption = DEFAULT_PRESET,
     file: FileOption = None,
     overrides: SetOption = None,
     name: NameOption = None,
@@ -96,7 +93,7 @@ def pretrain(
     common = {"file": file, "overrides": overrides or [], "data": data}
     if base is not None:
         base = tokenizer = _base_model(base, tokenizer)
-        preset = preset if given(ctx, "preset") else CONTINUED
+        preset = preset if given(ctx, "preset") else CONTINUED_PRESET
         config = configuration_with_base(base, preset=preset, **common)
     else:
         config = _configuration(preset=preset, tokenizer=tokenizer, **common)

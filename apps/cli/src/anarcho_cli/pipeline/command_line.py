@@ -35,7 +35,8 @@ def _base(pipeline: Pipeline, stage: Stage, directory: Path) -> list[str]:
     line: list[str] = []
     for base in stage.bases:
         place = Path(base) if is_path(base) else directory / base
-        option = stage.command.base_option(is_model=is_model(pipeline, base))
+        goes_on = stage.command.model_option is not None and is_model(pipeline, base)
+        option = stage.command.model_option if goes_on else stage.command.base_option
         if option == "tokenizer" and not is_path(base):
             place = tokenizer_of(pipeline.command_of(base), place)
         line.append(str(place) if option is None else f"--{option}={place}")

@@ -251,7 +251,7 @@ class _Reader:
 
     def _check_bases(self, stage: Stage) -> None:
         command = stage.command
-        given = [option for option in command.base_options if option in stage.options]
+        given = [option for option in (command.model_option, command.base_option) if option in stage.options]
         if not stage.bases:
             if command.needs_base and not given:
                 raise PipelineError(
@@ -259,7 +259,7 @@ class _Reader:
                     f"{' or '.join(command.accepts)}"
                 )
             return
-        if command.base == "none":
+        if not command.accepts:
             raise PipelineError(f"{self.place}: {stage.command_name} starts from nothing; leave `from` out")
         if given:
             raise PipelineError(f"{self.place} gives both `from` and options.{given[0]}; leave one out")

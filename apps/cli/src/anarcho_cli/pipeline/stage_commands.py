@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal
+
+from anarcho_cli.layers import CONTINUED_PRESET, DEFAULT_PRESET
 
 RUNS = ("pretrain", "sft", "preference")
 """Commands whose output is a run."""
@@ -35,10 +36,12 @@ class StageCommand:
     """The command on the command line."""
     output: Output
     """What it leaves behind."""
-    base: Literal["option", "argument", "tokenizer", "either", "none"]
-    """How it is told the stage that it is `from`: --from, its argument, --tokenizer, or --from of a model and --tokenizer of another."""
+    base_option: str | None = None
+    """Option that names what it is `from`; None where that is its argument."""
+    model_option: str | None = None
+    """The option in its place where that has a model, if it is another."""
     accepts: tuple[str, ...] = MODELS
-    """The commands that stage may have."""
+    """The commands that stage may have; none where it is from nothing."""
     needs_base: bool = True
     """Whether it cannot do without."""
     many: bool = False
@@ -57,40 +60,32 @@ class StageCommand:
         """Whether an interrupted output is of use."""
         return self.continues or self.output is Output.run
 
-    @property
-    def base_options(self) -> tuple[str, ...]:
-        """The options that may name the base, where it is one."""
-        return {"option": ("from",), "tokenizer": ("tokenizer",), "either": ("from", "tokenizer")}.get(self.base, ())
-
-    def base_option(self, *, is_model: bool) -> str | None:
-        """The option that names this base, where it is one."""
-        return (self.base_options or (None,))[0 if is_model else -1]
-
 
 COMMANDS: dict[str, StageCommand] = {
-    "tokenizer": StageCommand(
-        words=("tokenizer", "train"), output=Output.directory, base="none", accepts=(), needs_base=False
-    ),
+    "tokenizer": StageCommand(words=("tokenizer", "train"), output=Output.directory, accepts=(), needs_base=False),
     "prepare": StageCommand(
         words=("data", "prepare"),
         output=Output.directory,
-        base="tokenizer",
+        base_option="tokenizer",
         accepts=("tokenizer", *MODELS),
         continues=True,
     ),
     "pretrain": StageCommand(
         words=("pretrain",),
         output=Output.run,
-        base="either",
+        base_option="tokenizer",
+        model_option="from",
         accepts=("tokenizer", *MODELS),
         needs_base=False,
-        preset="quickstart",
-        preset_with_model="continued",
+        preset=DEFAULT_PRESET,
+        preset_with_model=CONTINUED_PRESET,
     ),
-    "sft": StageCommand(words=("sft",), output=Output.run, base="option", preset_with_model="sft"),
-    "preference": StageCommand(words=("preference",), output=Output.run, base="option", preset_with_model="preference"),
-    "eval": StageCommand(words=("eval",), output=Output.report, base="argument", many=True, configured=False),
-    "export": StageCommand(words=("export",), output=Output.directory, base="argument", accepts=RUNS, configured=False),
+    "sft": StageCommand(words=("sft",), output=Output.run, base_option="from", preset_with_model="sft"),
+    "preference": StageCommand(
+        words=("preference",), output=Output.run, base_option="from", preset_with_model="preference"
+    ),
+    "eval": StageCommand(words=("eval",), output=Output.report, many=True, configured=False),
+    "export": StageCommand(words=("export",), output=Output.directory, accepts=RUNS, configured=False),
 }
 
 
