@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from anarcho_model.layers import torch_cuda, torch_documents
 from anarcho_model.layers.torch_documents import BLOCK, DocumentBlocks, document_blocks
 from cuda_layers import draws, stand_in_for_cuda, step
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -53,6 +53,7 @@ def by_blocks(pairs: Tensor) -> Tensor:
     return padded.unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK)).transpose(2, 3)
 
 
+@settings(deadline=None)  # PyTorch's first call of an operator takes half a second
 @given(
     st.lists(st.lists(st.integers(1, 300), min_size=1, max_size=9), min_size=1, max_size=3),
     st.integers(1, 4 * BLOCK + 3),
@@ -81,6 +82,16 @@ def test_documents_in_any_order_have_all_that_is_seen():
     assert pairs[whole].all()
     assert whole.sum((1, 2)).tolist() == [0, 3, 1, 0]
     assert not (partial | whole)[2, 1:, 0].any()
+
+
+@pytest.mark.parametrize("length", [BLOCK // 2, 3 * BLOCK + 5])
+def test_lists_lie_as_the_kernels_read_them(length):
+    """A row of the batch follows the other by the stride of the dimension of size 1; the compiler is told the same strides."""
+    segments = some_documents(length, rows=3)
+    torch.library.opcheck(torch.ops.anarcho_model.document_block_lists, (segments,))
+    for numbers in document_blocks(segments)[1:]:
+        assert numbers.stride()[1:] == (numbers[0].numel(), *numbers[0, 0].contiguous().stride())
+        assert numbers.stride(0) == numbers.stride(1)
 
 
 @pytest.fixture

@@ -50,27 +50,51 @@ def suits(segments: Int[Tensor, "batch length"], *, head_size: int, compiled: bo
 
 def document_blocks(segments: Int[Tensor, "batch length"]) -> DocumentBlocks:
     """From the number of the document that each token belongs to; a document's tokens need not lie side by side."""
+    return DocumentBlocks(segments, *_lists(segments))
+
+
+@torch.library.custom_op(
+    "anarcho_model::document_block_lists",
+    mutates_args=(),
+    schema="(Tensor segments) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _lists(segments: Tensor) -> tuple[Tensor, ...]:
+    """What `DocumentBlocks` has besides the segments; each tensor is contiguous, the dimension of size 1 included.
+
+    The kernels find a row of the batch by the stride of that dimension, and go through all lists as if they lay side by side. A compiler
+    that made the lists itself gives that dimension any stride, for it means nothing to it, so they come from an operator of their own.
+    """
     batch, length = segments.shape
     count = -(-length // BLOCK)
     # What is beyond the end belongs to the last document, so that it makes no block larger.
     padded = torch.cat((segments, segments[:, -1:].expand(batch, count * BLOCK - length)), dim=1)
-    low, high = padded.view(batch, count, BLOCK).aminmax(dim=-1)
+    low, high = padded.view(batch, 1, count, BLOCK).aminmax(dim=-1)
     number = torch.arange(count, device=segments.device)
     earlier, same = number[:, None] > number, number[:, None] == number
-    overlap = (low[:, :, None] <= high[:, None]) & (low[:, None] <= high[:, :, None])
+    overlap = (low[..., None] <= high[..., None, :]) & (low[..., None, :] <= high[..., None])
     needed = overlap & (earlier | same)
     single = low == high
-    whole = needed & earlier & single[:, :, None] & single[:, None]
+    whole = needed & earlier & single[..., None] & single[..., None, :]
     partial = needed & ~whole
-    return DocumentBlocks(segments, *_listed(partial), *_listed(whole), *_listed(partial.mT), *_listed(whole.mT))
+    return *_listed(partial), *_listed(whole), *_listed(partial.mT), *_listed(whole.mT)
+
+
+@_lists.register_fake
+def _(segments: Tensor) -> tuple[Tensor, ...]:
+    batch, length = segments.shape
+    count = -(-length // BLOCK)
+    counts, numbers = (batch, 1, count), (batch, 1, count, count)
+    return tuple(segments.new_empty(shape, dtype=torch.int32) for _ in range(4) for shape in (counts, numbers))
 
 
 def _listed(
-    chosen: Bool[Tensor, "batch rows columns"],
+    chosen: Bool[Tensor, "batch 1 rows columns"],
 ) -> tuple[Int[Tensor, "batch 1 rows"], Int[Tensor, "batch 1 rows columns"]]:
     """How many columns of each row are chosen, and the columns' numbers, the chosen ones first and in order."""
-    numbers = chosen.int().argsort(dim=-1, descending=True, stable=True)
-    return chosen.sum(-1, dtype=torch.int32)[:, None], numbers.int()[:, None]
+    numbers = chosen.to(torch.int32, memory_format=torch.contiguous_format).argsort(
+        dim=-1, descending=True, stable=True
+    )
+    return chosen.sum(-1, dtype=torch.int32).contiguous(), numbers.to(torch.int32)
 
 
 def attend(
@@ -89,5 +113,6 @@ def attend(
         BLOCK_SIZE=(BLOCK, BLOCK),
         mask_mod=lambda row, _, query, key: (segments[row, query] == segments[row, key]) & (key <= query),
     )
-    result: Any = flex_attention(q, k, v, block_mask=mask)
+    # Its other kernel, for less than a block of queries, reads beyond the end of a row that its tiles do not divide (PyTorch 2.11).
+    result: Any = flex_attention(q, k, v, block_mask=mask, kernel_options={"BACKEND": "TRITON"})
     return result
