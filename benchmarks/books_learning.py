@@ -53,8 +53,9 @@ class Trainings:
         compile_mode: str,
         evaluations: int,
         windows: int,
+        shared: bool = False,
     ) -> None:
-        self._corpus, self._device, self._compile = corpus, device, compile_mode
+        self._corpus, self._device, self._compile, self._shared = corpus, device, compile_mode, shared
         self._evaluations, self._windows = evaluations, windows
         self._own = OwnModels(device, precision=precision, compile_mode=compile_mode)
 
@@ -69,7 +70,8 @@ class Trainings:
             raise ValueError(
                 f"job {job.name} has no step in {windows * context} tokens; give more tokens or smaller steps"
             )
-        write({"kind": "job", **_settings(job), "device": self._device_name(), "torch": torch.__version__})
+        device = {"device": self._device_name(), "device_shared": self._shared}
+        write({"kind": "job", **_settings(job), **device, "torch": torch.__version__})
 
         def batches(step: PlannedStep) -> list[Rows]:
             rows = train.rows(order[step.first : step.first + step.count], length=context)
@@ -164,6 +166,7 @@ def train(arguments: argparse.Namespace) -> bool:
         compile_mode=arguments.compile,
         evaluations=arguments.evaluations,
         windows=arguments.windows,
+        shared=arguments.shared,
     )
     sound = True
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
@@ -210,6 +213,9 @@ def _parser() -> argparse.ArgumentParser:
         "--part", default="1/1", help="K/N: every Nth job from the Kth on, for N processes on one GPU"
     )
     training.add_argument("--device", default="cpu")
+    training.add_argument(
+        "--shared", action="store_true", help="others use the device, too: seconds are not to be compared"
+    )
     training.add_argument(
         "--precision", default="auto", help="of this project's matrix products: auto, float32, bfloat16"
     )

@@ -40,20 +40,26 @@ def table(records: list[Record]) -> str:
         "| job | bits per byte | averaged | steps | seconds | tokens/s | peak memory of the process |",
         "|---|---|---|---|---|---|---|",
     ]
-    ends = [r for r in records if r["kind"] == "end"]
+    ends, shared = [r for r in records if r["kind"] == "end"], _shared(records)
     for end in sorted(ends, key=lambda r: r["bits_per_byte"]):
         averaged = ", ".join(f"{power}: {bits:.4f}" for power, bits in end["averaged"].items())
+        speed = f"{end['seconds']:.1f} | {end['tokens'] / max(end['seconds'], 1e-9):,.0f}"
         rows.append(
-            f"| {end['job']} | {end['bits_per_byte']:.4f} | {averaged} | {end['steps']:,} | {end['seconds']:.1f} "
-            f"| {end['tokens'] / max(end['seconds'], 1e-9):,.0f} | {end['peak_bytes'] / 2**30:.1f} GiB |"
+            f"| {end['job']} | {end['bits_per_byte']:.4f} | {averaged} | {end['steps']:,} "
+            f"| {' | ' if end['job'] in shared else speed} | {end['peak_bytes'] / 2**30:.1f} GiB |"
         )
     return "\n".join(rows)
+
+
+def _shared(records: list[Record]) -> set[str]:
+    """The jobs beside which others used the device, so that their seconds say nothing."""
+    return {r["job"] for r in records if r["kind"] == "job" and r.get("device_shared")}
 
 
 def draw(records: list[Record], picture: Path, *, labels: dict[str, str], top: float | None = None) -> None:
     """Writes the curves of the jobs in ``labels`` (all where it is empty) up to ``top`` bits per byte; the last point is of the whole text.
 
-    Raises ValueError for a job that has no evaluation.
+    A job that shared its device has no curve over seconds. Raises ValueError for a job that has no evaluation.
     """
     import matplotlib as mpl
 
@@ -61,7 +67,7 @@ def draw(records: list[Record], picture: Path, *, labels: dict[str, str], top: f
     from matplotlib import pyplot
     from matplotlib.ticker import EngFormatter
 
-    shown = labels or {r["job"]: r["job"] for r in records if r["kind"] == "end"}
+    shown, shared = labels or {r["job"]: r["job"] for r in records if r["kind"] == "end"}, _shared(records)
     with mpl.rc_context(STYLE):
         figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharey=True)
         for number, (job, label) in enumerate(shown.items()):
@@ -72,7 +78,7 @@ def draw(records: list[Record], picture: Path, *, labels: dict[str, str], top: f
                 )
             bits = [point["bits_per_byte"] for point in points]
             colour = COLOURS[number % len(COLOURS)]
-            for panel, key in zip(panels, ("tokens", "seconds"), strict=True):
+            for panel, key in zip(panels, ("tokens",) if job in shared else ("tokens", "seconds"), strict=False):
                 panel.plot(
                     [p[key] for p in points], bits, color=colour, linewidth=1.5, label=f"{label}: {bits[-1]:.3f}"
                 )
@@ -84,7 +90,7 @@ def draw(records: list[Record], picture: Path, *, labels: dict[str, str], top: f
         panels[0].set_title("bits per byte", loc="left")
         if top is not None:
             panels[0].set_ylim(top=top)
-        panels[1].legend()
+        panels[1].legend(handles=panels[0].get_legend_handles_labels()[0])
         picture.parent.mkdir(parents=True, exist_ok=True)
         # Without a date, the file changes only when the results do.
         metadata = {"Date": None} if picture.suffix == ".svg" else None

@@ -89,6 +89,12 @@ class RunConfig:
                 f"{self.model.context_length}; shorten the sequence or raise the context length"
             )
         self.train.batch_sequences(self.sequence_length)
+        if self.train.length_warmup and self.data.kind != "text":
+            raise ConfigError(
+                f"train.length_warmup is {self.train.length_warmup}, but data.kind is '{self.data.kind}'; expected 0, as conversations "
+                "and answers are not cut"
+            )
+        self.train.length_at(0, self.sequence_length)
         if self.model.vocab_size < self.tokenizer.vocab_size:
             raise ConfigError(
                 f"model.vocab_size is {self.model.vocab_size}, smaller than tokenizer.vocab_size "

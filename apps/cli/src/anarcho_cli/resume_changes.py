@@ -71,6 +71,8 @@ _FLAG = {
         "steps",
         "epochs",
         "batch_tokens",
+        "length_warmup",
+        "first_length",
         "grad_clip",
         "eval_tokens",
         "early_stopping_patience",

@@ -30,6 +30,13 @@ class TrainConfig:
     """Tokens per optimizer step, over all micro-batches; a multiple of the sequence length."""
     sequence_length: int | None = None
     """Tokens per training sequence; left out, the model's context length."""
+    length_warmup: float = 0.0
+    """Share of the steps in which training sequences grow: they begin with `first_length` tokens and double at equal intervals.
+
+    0 has them whole from the first step. A step has the same tokens in any case, cut into more sequences, so memory stays about the same;
+    each length is compiled anew. Early on, short sequences teach as much for less attention (arXiv:2012.15832, arXiv:2108.06084)."""
+    first_length: int = 256
+    """Tokens of the first sequences where `length_warmup` is not 0; the sequence length halved once or more."""
     micro_batch: int | Literal["auto"] = 1
     """Sequences that go through the model at once; changes memory and speed, never the gradient's meaning.
 
@@ -67,8 +74,9 @@ class TrainConfig:
 
     Norms and sums are bound by memory: an H100 saves a twentieth of the time, and with gradient checkpointing half of what is kept."""
     float8: bool = False
-    """Whether training multiplies in 8-bit floats where layers are wide enough to gain, for somewhat coarser gradients; not measured yet.
+    """Whether training multiplies in 8-bit floats where layers are wide enough to gain, for somewhat coarser gradients.
 
+    At the width of 768 an H100 gains a few percent at most; wider models are not measured yet.
     For models that are compiled for NVIDIA GPUs of compute capability 8.9 or later, with `precision` bfloat16, and not for an adapter.
     A micro-batch whose tokens are no multiple of 16, and queries, keys and values with QK-norm, stay in bfloat16.
     Checkpoints, and what is made of them, are as without it. Where each process has the whole model, a run's own validation multiplies as
@@ -132,6 +140,8 @@ class TrainConfig:
         for name in ("eval_every", "checkpoint_every", "early_stopping_patience"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; expected zero or a positive whole number")
+        if not 0 <= self.length_warmup <= 1:
+            raise ValueError(f"train.length_warmup is {self.length_warmup}; expected a share of the steps, from 0 to 1")
         if not 0 <= self.seed <= LARGEST_SEED:
             raise ValueError(f"train.seed is {self.seed}; expected a whole number from 0 to 2**63 - 1")
         if self.lean and self.precision not in ("auto", "bfloat16"):
@@ -167,6 +177,25 @@ class TrainConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"train.{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
+
+    def length_at(self, step: int, sequence_length: int) -> int:
+        """Tokens of a training sequence in the step after ``step``, where whole ones have ``sequence_length``.
+
+        Raises ValueError if `first_length` is not ``sequence_length`` halved so many times.
+        """
+        if not self.length_warmup:
+            return sequence_length
+        doublings = (sequence_length // self.first_length).bit_length() - 1 if self.first_length > 0 else 0
+        if doublings < 1 or self.first_length << doublings != sequence_length:
+            halves = [sequence_length >> n for n in range(1, 12) if sequence_length % 2**n == 0]
+            expected = f"one of {', '.join(map(str, halves))}" if halves else "train.length_warmup = 0"
+            raise ValueError(
+                f"train.first_length is {self.first_length}, from which doubling does not lead to sequences of {sequence_length} tokens; "
+                f"expected {expected}"
+            )
+        # Rounded, because 0.3 * 20 / 3 is below 2.
+        done = round(step * doublings / (self.length_warmup * self.steps), 9)
+        return self.first_length << min(doublings, int(done))
 
     def steps_of_epochs(self, *, samples_per_epoch: int, samples_per_step: int) -> int:
         """Optimizer steps in which the run sees each sample `epochs` times; `steps` where it is not given."""

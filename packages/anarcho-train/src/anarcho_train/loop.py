@@ -28,7 +28,7 @@ from anarcho_train.interfaces import (
 )
 from anarcho_train.loss_faults import LossFaults
 from anarcho_train.memory_faults import MemoryFaults
-from anarcho_train.micro_batch import MicroBatches, largest_fitting
+from anarcho_train.micro_batch import MicroBatches, Rows, largest_fitting
 from anarcho_train.out_of_memory import OutOfMemory
 from anarcho_train.progress import Progress, TrainResult
 from anarcho_train.rank_faults import RankFaults
@@ -89,8 +89,13 @@ class Loop:
     def __post_init__(self) -> None:
         if self.samples_per_step is None:
             self._per_step, size = self.config.batch_sequences(self.sequence_length), self.config.fixed_micro_batch
+            self.config.length_at(0, self.sequence_length)
         elif self.samples_per_step < 1:
             raise ValueError(f"samples_per_step is {self.samples_per_step}; expected at least 1, or None")
+        elif self.config.length_warmup:
+            raise ValueError(
+                f"train.length_warmup is {self.config.length_warmup}, but samples are whole batches, which are not cut; expected 0"
+            )
         else:
             self._per_step, size = self.samples_per_step, 1
         self._share = share(self._per_step, self.ranks)
@@ -268,6 +273,7 @@ class Loop:
 
     def _train_step(self) -> StepMetrics:
         result = self.progress.result
+        self._tell_length(result.step)
         schedule = replace(
             self.schedule(result.step),
             measure_update=self._is_logged(result.step + 1),
@@ -286,10 +292,19 @@ class Loop:
         self.throughput.finish_step(self._tokens)
         return metrics
 
+    def _tell_length(self, step: int) -> None:
+        """Sequences of another length than those of the step before are worth a word."""
+        length = self.config.length_at(step, self.sequence_length)
+        if self.config.length_warmup and (step == 0 or length != self.config.length_at(step - 1, self.sequence_length)):
+            self.event(f"sequences have {length} tokens from here on")
+
     def _read_step(self) -> list[Batch]:
         """This rank's micro-batches of the next step, of which rank 0 takes the first."""
-        first = self.policies.first_sample(self.progress.result.step) + self.ranks.rank * self._share
-        return self.cut.of(self.batches, first, self._share)
+        step = self.progress.result.step
+        first = self.policies.first_sample(step) + self.ranks.rank * self._share
+        parts = self.cut.of(self.batches, first, self._share)
+        length = self.config.length_at(step, self.sequence_length)
+        return parts if length == self.sequence_length else [Rows.cut(part, length) for part in parts]
 
     def _is_logged(self, step: int) -> bool:
         return step == self.config.steps or step % self.config.log_every == 0

@@ -79,6 +79,15 @@ class Rows:
         parts: dict[str, Any] = {name: None if array is None else array[first:stop] for name, array in arrays.items()}
         return cls(**parts)
 
+    @classmethod
+    def cut(cls, batch: Batch, length: int) -> Rows:
+        """All rows, each cut into sequences of ``length`` tokens, a divisor of theirs, which follow each other."""
+        arrays: dict[str, Any] = {name: getattr(batch, name, None) for name in cls.__dataclass_fields__}
+        parts: dict[str, Any] = {
+            name: None if array is None else array.reshape(-1, length) for name, array in arrays.items()
+        }
+        return cls(**parts)
+
 
 class MicroBatches:
     """The cut of a run's steps.
