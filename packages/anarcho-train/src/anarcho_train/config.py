@@ -34,7 +34,9 @@ class TrainConfig:
     """Share of the steps in which training sequences grow: they begin with `first_length` tokens and double at equal intervals.
 
     0 has them whole from the first step. A step has the same tokens in any case, cut into more sequences, so memory stays about the same;
-    each length is compiled anew. Early on, short sequences teach as much for less attention (arXiv:2012.15832, arXiv:2108.06084)."""
+    each length is compiled anew. Early on, short sequences teach as much for less attention (arXiv:2012.15832, arXiv:2108.06084).
+
+    For text alone. The utilisation that is told counts the attention of whole sequences."""
     first_length: int = 256
     """Tokens of the first sequences where `length_warmup` is not 0; the sequence length halved once or more."""
     micro_batch: int | Literal["auto"] = 1
