@@ -7,7 +7,7 @@ looks beyond its rows: KTO estimates its point of reference from the answers tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,17 +75,17 @@ class Rows:
     @classmethod
     def of(cls, batch: Batch, first: int, stop: int) -> Rows:
         """Rows ``first`` to ``stop - 1``."""
-        arrays: dict[str, Any] = {name: getattr(batch, name, None) for name in cls.__dataclass_fields__}
-        parts: dict[str, Any] = {name: None if array is None else array[first:stop] for name, array in arrays.items()}
-        return cls(**parts)
+        return cls._each(batch, lambda array: array[first:stop])
 
     @classmethod
     def cut(cls, batch: Batch, length: int) -> Rows:
         """All rows, each cut into sequences of ``length`` tokens, a divisor of theirs, which follow each other."""
+        return cls._each(batch, lambda array: array.reshape(-1, length))
+
+    @classmethod
+    def _each(cls, batch: Batch, change: Callable[[np.ndarray], np.ndarray]) -> Rows:
         arrays: dict[str, Any] = {name: getattr(batch, name, None) for name in cls.__dataclass_fields__}
-        parts: dict[str, Any] = {
-            name: None if array is None else array.reshape(-1, length) for name, array in arrays.items()
-        }
+        parts: dict[str, Any] = {name: None if array is None else change(array) for name, array in arrays.items()}
         return cls(**parts)
 
 
