@@ -30,8 +30,9 @@ import numpy as np
 import torch
 from anarcho_model import ModelConfig
 from anarcho_train import LossSum, StepSchedule
+from anarcho_train.micro_batch import Rows
 from books.curves import draw, read_records, table
-from books.data import Corpus, Rows, TokenText, load, prepare
+from books.data import Corpus, TokenText, load, prepare
 from books.jobs import Job, PlannedStep, micro_rows, plan, read
 from books.ours import OwnModels, WeightAverages
 
@@ -74,8 +75,9 @@ class Trainings:
         write({"kind": "job", **_settings(job), **device, "torch": torch.__version__})
 
         def batches(step: PlannedStep) -> list[Rows]:
-            rows = train.rows(order[step.first : step.first + step.count], length=context)
-            return rows.cut(step.length).split(micro_rows(job, step))
+            whole = train.rows(order[step.first : step.first + step.count], length=context)
+            rows, size = Rows.cut(whole, step.length), micro_rows(job, step)
+            return [Rows.of(rows, first, first + size) for first in range(0, len(rows.tokens), size)]
 
         first_of_shape = {(step.length, micro_rows(job, step)): step for step in reversed(steps)}
         if self._device.type == "cuda":

@@ -22,32 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from anarcho_train.micro_batch import Rows
 
 META_FILE = "meta.json"
 PARTS = ("train", "validation")
 BLOCK_BYTES = 4 * 2**20
 FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "lp": 1, "pb": 1}]
 """For numbers of two bytes: a tenth smaller than with the defaults, which are for text."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rows:
-    """A batch as the training step reads it, arrays of shape (rows, length)."""
-
-    tokens: np.ndarray
-    targets: np.ndarray
-    weights: np.ndarray
-    positions: None = None
-    segments: None = None
-
-    def cut(self, length: int) -> Rows:
-        """The same tokens in rows of ``length``, a divisor of the length."""
-        return Rows(**{name: getattr(self, name).reshape(-1, length) for name in ("tokens", "targets", "weights")})
-
-    def split(self, rows: int) -> list[Rows]:
-        """Batches of so many rows, a divisor of the number of rows."""
-        parts = [np.split(getattr(self, name), len(self.tokens) // rows) for name in ("tokens", "targets", "weights")]
-        return [Rows(tokens=a, targets=b, weights=c) for a, b, c in zip(*parts, strict=True)]
 
 
 class TokenText:

@@ -16,10 +16,10 @@ from anarcho_model.torch import GPT
 from anarcho_optim.groups import ParamGroups
 from anarcho_optim.torch import MuonAdamW, param_groups
 from anarcho_train import StepSchedule, TrainConfig
+from anarcho_train.micro_batch import Rows
 from anarcho_train.steps.torch import TorchStep
 from torch import Tensor, nn
 
-from books.data import Rows
 from books.jobs import ByName, Job
 
 

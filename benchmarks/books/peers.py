@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from anarcho_train import LossSum, StepSchedule
+from anarcho_train.micro_batch import Rows
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from books.data import Rows
 from books.jobs import Job
 
 

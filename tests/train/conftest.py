@@ -125,6 +125,20 @@ def make_step(
     )
 
 
+def run_until(loop: Loop, step: int) -> None:
+    """Runs it, and lets it die at the beginning of this step, the first being 0."""
+    schedule = loop.schedule
+
+    def killed(number: int) -> StepSchedule:
+        if number == step:
+            raise RuntimeError("killed")
+        return schedule(number)
+
+    loop.schedule = killed
+    with pytest.raises(RuntimeError, match="killed"):
+        loop.run()
+
+
 @pytest.fixture
 def make_loop(tmp_path: Path):
     """Builds a loop of 12 steps over `CountingText`, all of whose parts can be replaced."""

@@ -14,7 +14,7 @@ import pytest
 from anarcho_train import CheckpointStore, OutOfMemory, SaveFailed, StepSchedule
 from anarcho_train.checkpointing import Checkpointing
 
-from .conftest import CountingText
+from .conftest import CountingText, run_until
 from .test_train_recovery import NOT_A_NUMBER, bits, make_run, mlx_step, torch_step
 from .test_train_saving import NO_SPACE
 
@@ -284,15 +284,7 @@ def test_a_run_resumed_from_a_checkpoint_by_the_clock_rolls_back_as_one_that_has
     whole = make_run(tmp_path / "whole", **options)
     whole.loop.run()
     first = timed(make_run(tmp_path / "run", checkpoint_minutes=1, **options))
-
-    def killed(number: int, schedule: Any = first.loop.schedule) -> StepSchedule:
-        if number == stop:
-            raise RuntimeError("killed")
-        return schedule(number)
-
-    first.loop.schedule = killed
-    with pytest.raises(RuntimeError, match="killed"):
-        first.loop.run()
+    run_until(first.loop, stop)
     second = timed(make_run(tmp_path / "run", checkpoint_minutes=1, **options))
     newest = second.store.latest_valid()
     assert newest == second.store.path(stop)

@@ -8,7 +8,7 @@ import torch
 from anarcho_train import Loop, TrainConfig
 from anarcho_train.micro_batch import Rows
 
-from .conftest import LENGTH, Bigram, CountingText, make_step
+from .conftest import LENGTH, Bigram, CountingText, make_step, run_until
 
 
 def lengths(sequence_length: int, **settings: object) -> list[int]:
@@ -89,16 +89,7 @@ def test_an_interrupted_run_goes_on_with_sequences_of_the_length_of_its_step(mak
     whole.loop.run()
 
     first = make_loop(tmp_path / "parts", **settings)
-    inner = first.loop.step.train
-
-    def train_then_die(micro_batches, *, schedule):
-        if len(first.text.consumed) > 8 * stop_after:
-            raise RuntimeError("killed")
-        return inner(micro_batches, schedule=schedule)
-
-    first.loop.step.train = train_then_die
-    with pytest.raises(RuntimeError, match="killed"):
-        first.loop.run()
+    run_until(first.loop, stop_after)
     second = make_loop(tmp_path / "parts", step=make_step(Bigram()), **settings)
     second.loop.resume(second.store.latest_valid())
     found = recorded(second)
