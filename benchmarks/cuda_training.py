@@ -47,7 +47,7 @@ from anarcho_optim import OptimConfig
 from anarcho_optim.memory import scratch_bytes
 from anarcho_optim.torch import MuonAdamW, param_groups
 from anarcho_tokenize import Batch
-from anarcho_train import StepSchedule, TrainConfig
+from anarcho_train import StepMetrics, StepSchedule, TrainConfig
 from anarcho_train.steps.torch import TorchStep
 from anarcho_train.steps.torch_ranks import TorchRanks
 
@@ -274,7 +274,14 @@ def our_step(
         )
         for part in np.split(ids, micro_batches)
     ]
-    return lambda: trainer.train(batches, schedule=StepSchedule(lr_scale=1.0))
+
+    def step() -> StepMetrics:
+        metrics = trainer.train(batches, schedule=StepSchedule(lr_scale=1.0))
+        if metrics.skipped:
+            raise RuntimeError(f"a step was left out: loss {metrics.loss}, norm of the gradient {metrics.grad_norm}; expected finite numbers")
+        return metrics
+
+    return step
 
 
 def _documents(job: Job, rows: int) -> dict[str, np.ndarray]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -190,10 +191,10 @@ def _together(made: Any) -> tuple[Tensor, ...]:
 
 
 def _errors(plain: Any, narrow: Any) -> Iterator[float]:
-    """Of gradients, as norms."""
+    """Of gradients, as norms; infinite where one has numbers that are not."""
     for a, b in zip(plain, narrow, strict=True):
         if a is not None:
-            yield float((a.float() - b.float()).norm() / a.float().norm())
+            yield float(((a.float() - b.float()).norm() / a.float().norm()).nan_to_num(math.inf))
 
 
 if __name__ == "__main__":

@@ -41,11 +41,11 @@ SMALLEST = {E4M3: 2**-9, E5M2: 2**-16}
 
 
 def assert_narrowed(found: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
-    """Each number is the nearest one; Triton's interpreter cuts some off, and halves some that are just under a power of two."""
+    """Each number is the nearest one; Triton's interpreter cuts some of e4m3 off, and halves some that are just under a power of two."""
     assert found.dtype == dtype
     assert found.is_contiguous()
-    tolerance = {"rtol": ROUNDING[dtype], "atol": SMALLEST[dtype]}
-    if not found.is_cuda:
+    tolerance = {"rtol": 1.01 * ROUNDING[dtype], "atol": SMALLEST[dtype]}
+    if not found.is_cuda and dtype == E4M3:
         near = torch.isclose(found.double(), exact.double(), rtol=2 * ROUNDING[dtype], atol=SMALLEST[dtype])
         assert near.double().mean() > 0.9
         tolerance["rtol"] = 0.5
@@ -55,7 +55,8 @@ def assert_narrowed(found: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
 def check_kernels(device: str) -> None:
     from anarcho_model.layers import torch_float8_kernels as kernels
 
-    for tokens, width in ((128, 64), (144, 80), (16, 192)):
+    sizes = [(128, 64), (144, 80), (16, 192)] + [(4096, 3072)] * (device == "cuda")
+    for tokens, width in sizes:
         gate_up, grad = 3 * draws(tokens, 2 * width, seed=1), draws(tokens, width, seed=2)
         gate_up[0, 0], gate_up[0, 1] = 50, -50
         exact, hidden = swiglu_formula(gate_up, grad)
@@ -66,6 +67,17 @@ def check_kernels(device: str) -> None:
         assert_narrowed(turned, hidden.t() * hidden_scale, E4M3)
         assert columns.is_contiguous()
         assert torch.equal(columns.t().float(), rows.float())
+        narrow, units, factors = kernels.swiglu_hidden(gate_up.to(device), largest=448.0, smallest_limit=1e-30)
+        torch.testing.assert_close((448 * units.cpu()).float(), hidden.abs().amax(1, keepdim=True).float())
+        assert_narrowed(narrow, hidden / units.cpu().double(), E4M3)
+        gate, up = gate_up.double().abs().chunk(2, dim=-1)
+        assert torch.equal(factors.cpu().double(), torch.maximum(gate, up).amax(1, keepdim=True))
+    zeros = kernels.swiglu_hidden(torch.zeros(16, 128, device=device, dtype=HALF), largest=448.0, smallest_limit=1e-30)
+    assert not zeros[0].float().any()
+    special = torch.tensor([float("inf"), float("-inf"), float("nan"), 1e9, -57344.0, -0.0], device=device)
+    for found in kernels.cast_in_both_orders(special.expand(16, -1), torch.ones((), device=device)):
+        assert torch.equal(found.float().view(-1).isnan().sum(), torch.tensor(16, device=device))
+        assert found.float().isinf().sum() == 3 * 16
     for tokens, width, dtype in ((256, 64, HALF), (80, 144, torch.float32)):
         x = draws(tokens, width, seed=3, dtype=dtype)
         rows, columns = kernels.cast_in_both_orders(x.to(device), torch.tensor(100.0, device=device))
@@ -114,6 +126,14 @@ def on_cpu(unchecked_shapes, monkeypatch):
         calls.append("turned")
         return x.t().contiguous()
 
+    def hidden(gate_up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        calls.append("hidden")
+        gate, up = gate_up.float().chunk(2, dim=-1)
+        made = F.silu(gate) * up
+        units = made.abs().amax(-1, keepdim=True).clamp(min=torch_float8.SMALLEST_LIMIT) / 448
+        return (made / units).to(E4M3), units, torch.maximum(gate.abs(), up.abs()).amax(-1, keepdim=True)
+
+    torch_float8.swiglu_hidden.register_kernel("cpu")(hidden)
     torch_float8.swiglu_gradients.register_kernel("cpu")(swiglu)
     torch_float8.cast_in_both_orders.register_kernel("cpu")(cast)
     torch_float8.turned.register_kernel("cpu")(turned)
@@ -135,7 +155,7 @@ def assert_alike(found: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor
         assert (found[1][name] - gradient).norm() <= 0.2 * gradient.norm(), name
 
 
-SWIGLU, LINEAR = ["cast", "swiglu", "turned"], ["cast", "turned"]
+SWIGLU, LINEAR = ["hidden", "cast", "swiglu", "turned"], ["cast", "turned"]
 
 
 @pytest.mark.parametrize(
@@ -158,7 +178,7 @@ def test_a_compiled_model_has_nearly_the_gradients_of_an_eager_one(
     assert step(model, "eager", segments=segments)[0] == expected[0], "nothing changes where nothing is compiled"
     assert not on_cpu
     found = step(model, how, segments=segments)
-    assert sorted(on_cpu) == sorted(SWIGLU + linear * LINEAR)
+    assert sorted(on_cpu) == sorted(SWIGLU + checkpointing * ["hidden"] + linear * LINEAR)
     assert_alike(found, expected)
     assert found[0] != expected[0]
 
@@ -367,6 +387,7 @@ def test_on_a_gpu_gradients_are_nearly_those_of_bfloat16(
         assert not calls
         results.append(step(model, how, device="cuda", backend="inductor", segments=segments, length=96))
     linear = 1 if "qk_norm" in options else 2
-    expected = ["cast_in_both_orders", "swiglu_gradients", "turned"] + linear * ["cast_in_both_orders", "turned"]
+    expected = ["cast_in_both_orders", "swiglu_gradients", *(1 + checkpointing) * ["swiglu_hidden"], "turned"]
+    expected += linear * ["cast_in_both_orders", "turned"]
     assert sorted(calls) == sorted(2 * expected)
     assert_alike(results[1], results[0])

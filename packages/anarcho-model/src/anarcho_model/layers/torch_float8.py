@@ -25,7 +25,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -270,17 +269,14 @@ def _swiglu_forward(
     second8: Tensor,
     second_unit: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The result, and for backward gate and up, side by side, and the largest numbers of the hidden layer and of these two."""
+    """The result, and for backward gate and up, side by side, a unit that serves all rows of the hidden layer, and the largest number
+    of gate and up.
+    """
     del x, gate_up_weight, down_weight
     gate_up = _product(Narrow(x8, x_unit), Narrow(first8, first_unit), fast=True)
-    gate, up = gate_up.float().chunk(2, dim=-1)
-    hidden = F.silu(gate) * up
-    tops = hidden.abs().amax(-1, keepdim=True)  # of each row, so that one kernel reads it for all that follows
-    units = _unit(tops, E4M3)
-    one = torch.ones_like(x_unit)
-    product = _product(Narrow((hidden * units.reciprocal()).to(E4M3), one), Narrow(second8, second_unit), fast=True)
-    factors = torch.maximum(gate.abs().amax(-1), up.abs().amax(-1))
-    return (product.float() * units).to(torch.bfloat16), gate_up, tops.amax(), factors.amax()
+    hidden, units, factors = swiglu_hidden(gate_up)
+    product = _product(Narrow(hidden, torch.ones_like(x_unit)), Narrow(second8, second_unit), fast=True)
+    return (product.float() * units).to(torch.bfloat16), gate_up, units.amax(), factors.amax()
 
 
 SILU_SLOPE = 1.1
@@ -290,14 +286,13 @@ ROUNDING = 1.2
 
 
 def _swiglu_backward(ctx: Any, grad: Tensor, *_others: object) -> tuple[Tensor | None, ...]:
-    x8, x_unit, first8, first_unit, second8, second_unit, gate_up, hidden_limit, factor_limit = ctx.saved_tensors
+    x8, x_unit, first8, first_unit, second8, second_unit, gate_up, hidden_unit, factor_limit = ctx.saved_tensors
     first, second = Narrow(first8, first_unit), Narrow(second8, second_unit)
     lengths = grad.float().square().sum(-1).amax().sqrt()
     rows, columns = _gradient_in_both_orders(grad, _limit(grad))
     # A number of the hidden layer's gradient is the product of a row of `grad` and a column of the weight.
     column_lengths = second8.float().square().sum(0).amax().sqrt() * second_unit
     unit = _unit(SILU_SLOPE * ROUNDING * lengths * column_lengths * factor_limit, E5M2)
-    hidden_unit = _unit(hidden_limit, E4M3)
     grad_hidden = _product(rows, _turned_weights(second))
     gradient, turned_gradient, turned_hidden = swiglu_gradients(
         gate_up, grad_hidden, unit.reciprocal(), hidden_unit.reciprocal()
@@ -321,6 +316,26 @@ _swiglu.register_autograd(_swiglu_backward, setup_context=_save_swiglu)
 
 
 @torch.library.custom_op(
+    "anarcho_model::float8_swiglu_hidden",
+    mutates_args=(),
+    device_types="cuda",
+    schema="(Tensor gate_up) -> (Tensor, Tensor, Tensor)",
+)
+def swiglu_hidden(gate_up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See `torch_float8_kernels.swiglu_hidden`; Triton is imported where it is used."""
+    from anarcho_model.layers import torch_float8_kernels
+
+    return torch_float8_kernels.swiglu_hidden(gate_up, largest=LARGEST[E4M3], smallest_limit=SMALLEST_LIMIT)
+
+
+@swiglu_hidden.register_fake
+def _(gate_up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, both = gate_up.shape
+    units, factors = (gate_up.new_empty((tokens, 1), dtype=torch.float32) for _ in range(2))
+    return gate_up.new_empty((tokens, both // 2), dtype=E4M3), units, factors
+
+
+@torch.library.custom_op(
     "anarcho_model::float8_swiglu_gradients",
     mutates_args=(),
     device_types="cuda",
@@ -329,7 +344,7 @@ _swiglu.register_autograd(_swiglu_backward, setup_context=_save_swiglu)
 def swiglu_gradients(
     gate_up: Tensor, grad_hidden: Tensor, scale: Tensor, hidden_scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `torch_float8_kernels.swiglu_gradients`; Triton is imported where it is used."""
+    """See `torch_float8_kernels.swiglu_gradients`."""
     from anarcho_model.layers import torch_float8_kernels
 
     return torch_float8_kernels.swiglu_gradients(gate_up, grad_hidden, scale, hidden_scale)

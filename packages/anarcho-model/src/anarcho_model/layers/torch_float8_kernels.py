@@ -1,7 +1,7 @@
 """Triton kernels that write operands of 8-bit products, and their transposes, from what they compute or read.
 
-Notable: a program reads a tile once and stores it in both memory orders. All arithmetic is in float32, and rounded once; sizes that make
-no whole tiles are masked.
+Notable: a program reads a tile once and stores it in both memory orders. All arithmetic is in float32; sizes that make no whole tiles are
+masked.
 """
 
 # Triton's compiler gives the parameters of a kernel their types; a checker of Python's cannot know them.
@@ -15,23 +15,86 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["cast_in_both_orders", "swiglu_gradients", "turned"]
+__all__ = ["cast_in_both_orders", "swiglu_gradients", "swiglu_hidden", "turned"]
 
-ROWS, COLUMNS = 128, 64
-"""Of a tile: a column of it, stored as a row of the transpose, fills 128 bytes, as does a row of bfloat16 that is read."""
+ROWS, COLUMNS = 64, 128
+"""Of a tile: the fastest of those that `benchmarks/float8_products.py` tries, for every kernel here that has tiles."""
 WARPS = 8
+HIDDEN_WARPS = 4
+"""Of a program that has a row of the hidden layer."""
+
+
+@triton.jit
+def _e5m2(x):
+    """The bytes of x in e5m2, by way of float16, of which that is the upper half; what is not finite stays so.
+
+    In integers, because ptxas (seen in 12.8 and 12.9, for sm_90) takes some bytes of its own conversion's results from wrong registers
+    where they are stored in two orders.
+    """
+    bits = x.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
+    nearest = (bits + 0x7F + ((bits >> 8) & 1)) >> 8
+    return tl.where(x == x, nearest, 0x7F).to(tl.uint8)
 
 
 @triton.jit
 def _store_in_both_orders(
     tile, rows, columns, row, column, row_stride, column_stride, tokens, width, ONLY_TURNED: tl.constexpr
 ):
-    """Stores ``tile``, of these rows and columns, and its transpose."""
+    """Stores ``tile``, bytes of these rows and columns, and its transpose."""
     if not ONLY_TURNED:
         inside = (row[:, None] < tokens) & (column[None, :] < width)
         tl.store(rows + row[:, None] * row_stride + column[None, :], tile, mask=inside)
     inside = (column[:, None] < width) & (row[None, :] < tokens)
     tl.store(columns + column[:, None].to(tl.int64) * column_stride + row[None, :], tl.trans(tile), mask=inside)
+
+
+@triton.jit
+def _hidden_kernel(
+    gate_up,
+    hidden,
+    units,
+    factors,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LARGEST: tl.constexpr,
+    SMALLEST_LIMIT: tl.constexpr,
+):
+    """h = silu(gate) up of one row, in units of its own."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    gate = tl.load(gate_up + row * (2 * WIDTH) + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * (2 * WIDTH) + WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+    made = gate * tl.sigmoid(gate) * up
+    unit = tl.maximum(tl.max(tl.abs(made), 0), SMALLEST_LIMIT) / LARGEST
+    tl.store(hidden + row * WIDTH + column, (made / unit).to(hidden.dtype.element_ty), mask=inside)
+    tl.store(units + row, unit)
+    tl.store(factors + row, tl.max(tl.maximum(tl.abs(gate), tl.abs(up)), 0))
+
+
+def swiglu_hidden(
+    gate_up: Float[Tensor, "tokens both"], *, largest: float, smallest_limit: float
+) -> tuple[Float[Tensor, "tokens hidden"], Float[Tensor, "tokens 1"], Float[Tensor, "tokens 1"]]:
+    """h of gate and up, side by side, in e4m3 with a unit for each row, these units, and the largest number of a row's gate and up.
+
+    A unit is such that ``largest`` of them are the largest number of the row, or ``smallest_limit`` if that is larger.
+    """
+    gate_up = gate_up.contiguous()
+    tokens, width = len(gate_up), gate_up.shape[1] // 2
+    hidden = gate_up.new_empty((tokens, width), dtype=torch.float8_e4m3fn)
+    units, factors = (gate_up.new_empty((tokens, 1), dtype=torch.float32) for _ in range(2))
+    _hidden_kernel[(tokens,)](
+        gate_up,
+        hidden,
+        units,
+        factors,
+        WIDTH=width,
+        BLOCK=triton.next_power_of_2(width),
+        LARGEST=largest,
+        SMALLEST_LIMIT=smallest_limit,
+        num_warps=HIDDEN_WARPS,
+    )
+    return hidden, units, factors
 
 
 @triton.jit
@@ -62,10 +125,9 @@ def _swiglu_kernel(
     grad *= tl.load(scale)
     share = tl.sigmoid(gate)
     silu = gate * share
-    kind = gradient.dtype.element_ty
-    hidden = (silu * up * tl.load(hidden_scale)).to(turned_hidden.dtype.element_ty)
-    grad_gate = (grad * up * share * (1.0 + gate * (1.0 - share))).to(kind)
-    grad_up = (grad * silu).to(kind)
+    hidden = (silu * up * tl.load(hidden_scale)).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    grad_gate = _e5m2(grad * up * share * (1.0 + gate * (1.0 - share)))
+    grad_up = _e5m2(grad * silu)
     _store_in_both_orders(hidden, turned_hidden, turned_hidden, row, column, 0, tokens, tokens, WIDTH, ONLY_TURNED=True)
     _store_in_both_orders(
         grad_gate, gradient, turned_gate, row, column, 2 * WIDTH, tokens, tokens, WIDTH, ONLY_TURNED=False
@@ -84,9 +146,9 @@ def swiglu_gradients(
     """The gradient of gate and up, side by side, times ``scale`` in e5m2, its transpose, and that of h times ``hidden_scale`` in e4m3."""
     gate_up, grad_hidden = gate_up.contiguous(), grad_hidden.contiguous()
     tokens, width = grad_hidden.shape
-    gradient = gate_up.new_empty((tokens, 2 * width), dtype=torch.float8_e5m2)
-    turned_gradient = gate_up.new_empty((2 * width, tokens), dtype=torch.float8_e5m2)
-    turned_hidden = gate_up.new_empty((width, tokens), dtype=torch.float8_e4m3fn)
+    gradient = gate_up.new_empty((tokens, 2 * width), dtype=torch.uint8)
+    turned_gradient = gate_up.new_empty((2 * width, tokens), dtype=torch.uint8)
+    turned_hidden = gate_up.new_empty((width, tokens), dtype=torch.uint8)
     _swiglu_kernel[_grid(tokens, width)](
         gate_up,
         grad_hidden,
@@ -102,7 +164,8 @@ def swiglu_gradients(
         COLUMNS=COLUMNS,
         num_warps=WARPS,
     )
-    return gradient, turned_gradient, turned_hidden
+    e5m2, e4m3 = torch.float8_e5m2, torch.float8_e4m3fn
+    return gradient.view(e5m2), turned_gradient.view(e5m2), turned_hidden.view(e4m3)
 
 
 @triton.jit
@@ -125,7 +188,7 @@ def _cast_kernel(
     inside = (row[:, None] < tokens) & (column[None, :] < width)
     tile = tl.load(x + row[:, None] * width + column[None, :], mask=inside, other=0)
     if not TURN:
-        tile = (tile.to(tl.float32) * tl.load(scale)).to(columns.dtype.element_ty)
+        tile = _e5m2(tile.to(tl.float32) * tl.load(scale))
     _store_in_both_orders(tile, rows, columns, row, column, width, tokens, tokens, width, ONLY_TURNED=TURN)
 
 
@@ -135,12 +198,12 @@ def cast_in_both_orders(
     """``x`` times ``scale`` in e5m2, and its transpose, each contiguous."""
     x = x.contiguous()
     tokens, width = x.shape
-    rows = x.new_empty((tokens, width), dtype=torch.float8_e5m2)
-    columns = x.new_empty((width, tokens), dtype=torch.float8_e5m2)
+    rows = x.new_empty((tokens, width), dtype=torch.uint8)
+    columns = x.new_empty((width, tokens), dtype=torch.uint8)
     _cast_kernel[_grid(tokens, width)](
         x, scale, rows, columns, tokens, width, TURN=False, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS
     )
-    return rows, columns
+    return rows.view(torch.float8_e5m2), columns.view(torch.float8_e5m2)
 
 
 def turned(x: Float[Tensor, "tokens width"]) -> Float[Tensor, "width tokens"]:
