@@ -278,7 +278,9 @@ def our_step(
     def step() -> StepMetrics:
         metrics = trainer.train(batches, schedule=StepSchedule(lr_scale=1.0))
         if metrics.skipped:
-            raise RuntimeError(f"a step was left out: loss {metrics.loss}, norm of the gradient {metrics.grad_norm}; expected finite numbers")
+            raise RuntimeError(
+                f"a step was left out: loss {metrics.loss}, norm of the gradient {metrics.grad_norm}; expected finite numbers"
+            )
         return metrics
 
     return step

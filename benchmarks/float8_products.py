@@ -2,7 +2,7 @@
 
     python benchmarks/float8_products.py --dims 768 2048 --json float8_products.jsonl
 
-It says which layers gain, and so what `MIN_WIDTH` and `MIN_SWIGLU_WIDTH` of `anarcho_model.layers.torch_float8` should be. A width is the
+It says which layers gain, and so what `MIN_WIDTH` and `MIN_FUSED_WIDTH` of `anarcho_model.layers.torch_float8` should be. A width is the
 dim of a model with a hidden layer four times as wide and heads of 64 columns. Times are medians of the device's own clock, in milliseconds.
 
 * `product`: `tokens x summed x outputs` of the forward pass, of the gradient of the input and of that of the weight; float8 with the fast
@@ -117,8 +117,13 @@ def kernels(dim: int, options: argparse.Namespace) -> Iterator[Row]:
     grad = torch.randn(tokens, hidden, device="cuda", dtype=HALF)
     narrow, unit = grad[:, :dim].contiguous(), torch.ones((), device="cuda")
     narrower = narrow.to(E4M3)
+    numbers, targets = torch.randn(tokens, device="cuda"), torch.zeros(tokens, device="cuda", dtype=torch.long)
     plain = milliseconds(lambda: torch_cuda_kernels.swiglu_gradients(gate_up, grad), options.repeats)
     yield {"kernel": "swiglu_gradients in bfloat16", "ms": plain}
+    time = milliseconds(
+        lambda: torch_float8_kernels.swiglu_hidden(gate_up, largest=448.0, smallest_limit=1e-30), options.repeats
+    )
+    yield {"kernel": "swiglu_hidden", "ms": time, "GB/s": round(tokens * 5 * hidden / time / 1e6)}
     chosen = torch_float8_kernels.ROWS, torch_float8_kernels.COLUMNS, torch_float8_kernels.WARPS
     for tile in TILES:
         torch_float8_kernels.ROWS, torch_float8_kernels.COLUMNS, torch_float8_kernels.WARPS = tile
@@ -126,6 +131,11 @@ def kernels(dim: int, options: argparse.Namespace) -> Iterator[Row]:
             ("swiglu_gradients", lambda: torch_float8_kernels.swiglu_gradients(gate_up, grad, unit, unit), 11 * hidden),
             ("cast_in_both_orders", lambda: torch_float8_kernels.cast_in_both_orders(narrow, unit), 4 * dim),
             ("turned", lambda: torch_float8_kernels.turned(narrower), 2 * dim),
+            (
+                "logit_gradients",
+                lambda: torch_float8_kernels.logit_gradients(gate_up, numbers, targets, numbers, unit),
+                8 * hidden,
+            ),
         ):
             time = milliseconds(run, options.repeats)
             yield {"kernel": name, "tile": tile, "ms": time, "GB/s": round(tokens * moved / time / 1e6)}
@@ -134,7 +144,7 @@ def kernels(dim: int, options: argparse.Namespace) -> Iterator[Row]:
 
 def layers(dim: int, options: argparse.Namespace) -> Iterator[Row]:
     """SwiGLU, heads of queries, keys and values, and a single product, each in bfloat16 and in 8-bit floats."""
-    torch_float8.MIN_WIDTH = torch_float8.MIN_SWIGLU_WIDTH = 0
+    torch_float8.MIN_WIDTH = torch_float8.MIN_FUSED_WIDTH = 0
     config = ModelConfig(vocab_size=256, dim=dim, num_heads=dim // HEAD_SIZE, num_layers=1, context_length=4096)
     torch.manual_seed(0)
     norm, feed_forward, attention = RMSNorm(dim, eps=1e-5).cuda(), SwiGLU(config).cuda(), Attention(config).cuda()

@@ -68,6 +68,8 @@ class Job:
     """Whether Muon takes queries, keys and values head by head."""
     narrow_residual: bool = False
     """Whether the residual stream has the type of the matrix products."""
+    float8: bool = False
+    """Whether products are in 8-bit floats where that gains."""
     grad_clip: float = 1.0
     """Largest norm of the gradient."""
     seed: int = 0

@@ -28,16 +28,16 @@ class OwnModels:
 
     def __init__(self, device: torch.device, *, precision: Any, compile_mode: Any) -> None:
         self._device, self._precision, self._compile_mode = device, precision, compile_mode
-        self._models: dict[tuple[ModelConfig, bool], GPT] = {}
+        self._models: dict[tuple[ModelConfig, bool, bool], GPT] = {}
         self._first: tuple[Any, list[Tensor]] | None = None
         self._warm: set[Any] = set()
 
     def step(self, job: Job) -> TorchStep:
         """A training step with the first weights of the job."""
-        key = (job.model, job.narrow_residual)
+        key = (job.model, job.narrow_residual, job.float8)
         if key not in self._models:
             self._models[key] = GPT(job.model).to(self._device)
-            self._models[key].narrow_residual = job.narrow_residual
+            self._models[key].narrow_residual, self._models[key].float8 = job.narrow_residual, job.float8
         model = self._models[key]
         self._begin(model, job)
         config = TrainConfig(
@@ -59,7 +59,8 @@ class OwnModels:
             o.frobenius_normalization,
         )
         for batches in micro_batches:
-            key = (job.model, job.narrow_residual, kernels, o.ns_dtype, job.per_head, batches[0].tokens.shape)
+            kind = (job.model, job.narrow_residual, job.float8, kernels, o.ns_dtype, job.per_head)
+            key = (*kind, batches[0].tokens.shape)
             if key not in self._warm:
                 self.step(job).train(batches, schedule=StepSchedule(lr_scale=0.0))
                 self._warm.add(key)

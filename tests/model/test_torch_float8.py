@@ -7,6 +7,7 @@ Triton's interpreter runs. Tests that need a GPU are skipped without one.
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ import torch.nn.functional as F
 from anarcho_model import InitConfig, ModelConfig
 from anarcho_model.layers import torch_cuda, torch_float8
 from anarcho_model.layers.torch import RMSNorm
+from anarcho_model.logprobs import torch_float8 as head_float8
+from anarcho_model.logprobs.torch import chunked_logprobs
 from anarcho_model.torch import GPT
 from cuda_layers import (
     HALF,
@@ -52,6 +55,12 @@ def assert_narrowed(found: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
     torch.testing.assert_close(found.cpu().double(), exact.double(), **tolerance)
 
 
+def logit_formula(logits: Tensor, normalisers: Tensor, targets: Tensor, grad_output: Tensor) -> Tensor:
+    """The gradient of logits, in float64."""
+    softmax = (logits.double() - normalisers.double()[:, None]).exp()
+    return (F.one_hot(targets, logits.shape[1]) - softmax) * grad_output.double()[:, None]
+
+
 def check_kernels(device: str) -> None:
     from anarcho_model.layers import torch_float8_kernels as kernels
 
@@ -72,6 +81,15 @@ def check_kernels(device: str) -> None:
         assert_narrowed(narrow, hidden / units.cpu().double(), E4M3)
         gate, up = gate_up.double().abs().chunk(2, dim=-1)
         assert torch.equal(factors.cpu().double(), torch.maximum(gate, up).amax(1, keepdim=True))
+    for tokens, vocab in ((128, 64), (80, 208)) + ((4096, 32000),) * (device == "cuda"):
+        logits, targets = 5 * draws(tokens, vocab, seed=4), torch.arange(tokens) * 7 % vocab
+        grad, normalisers = draws(tokens, seed=5, dtype=torch.float32), logits.float().logsumexp(1)
+        exact = logit_formula(logits, normalisers, targets, grad) * 1000
+        operands = (t.to(device) for t in (logits, normalisers, targets, grad, torch.tensor(1000.0)))
+        rows, columns = kernels.logit_gradients(*operands)
+        assert_narrowed(rows, exact, E5M2)
+        assert columns.is_contiguous()
+        assert torch.equal(columns.t().float(), rows.float())
     zeros = kernels.swiglu_hidden(torch.zeros(16, 128, device=device, dtype=HALF), largest=448.0, smallest_limit=1e-30)
     assert not zeros[0].float().any()
     special = torch.tensor([float("inf"), float("-inf"), float("nan"), 1e9, -57344.0, -0.0], device=device)
@@ -133,6 +151,12 @@ def on_cpu(unchecked_shapes, monkeypatch):
         units = made.abs().amax(-1, keepdim=True).clamp(min=torch_float8.SMALLEST_LIMIT) / 448
         return (made / units).to(E4M3), units, torch.maximum(gate.abs(), up.abs()).amax(-1, keepdim=True)
 
+    def logit(logits: Tensor, normalisers: Tensor, targets: Tensor, grad_output: Tensor, scale: Tensor) -> Any:
+        calls.append("logit")
+        rows = (logit_formula(logits, normalisers, targets, grad_output) * scale).to(E5M2)
+        return rows, rows.t().contiguous()
+
+    head_float8.logit_gradients.register_kernel("cpu")(logit)
     torch_float8.swiglu_hidden.register_kernel("cpu")(hidden)
     torch_float8.swiglu_gradients.register_kernel("cpu")(swiglu)
     torch_float8.cast_in_both_orders.register_kernel("cpu")(cast)
@@ -141,7 +165,7 @@ def on_cpu(unchecked_shapes, monkeypatch):
     torch_cuda.swiglu_gradients.register_kernel("cpu")(swiglu_in_place)
     stand_in_for_cuda(monkeypatch)
     monkeypatch.setattr(torch_float8, "MIN_WIDTH", 0)
-    monkeypatch.setattr(torch_float8, "MIN_SWIGLU_WIDTH", 0)
+    monkeypatch.setattr(torch_float8, "MIN_FUSED_WIDTH", 0)
     torch._dynamo.reset()
     yield calls
     torch._dynamo.reset()
@@ -156,6 +180,7 @@ def assert_alike(found: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor
 
 
 SWIGLU, LINEAR = ["hidden", "cast", "swiglu", "turned"], ["cast", "turned"]
+HEAD = ["logit", "turned"]
 
 
 @pytest.mark.parametrize(
@@ -165,12 +190,14 @@ SWIGLU, LINEAR = ["hidden", "cast", "swiglu", "turned"], ["cast", "turned"]
         ({"num_kv_heads": 2, "head_dim": 16}, "whole", True, True, 2),
         ({}, "parts", True, False, 2),
         ({"qk_norm": True}, "parts", False, True, 1),
+        ({"vocab_size": 80}, "whole", False, False, 2),
+        ({"vocab_size": 80, "tie_embeddings": False}, "parts", True, False, 2),
     ],
 )
 def test_a_compiled_model_has_nearly_the_gradients_of_an_eager_one(
     build, on_cpu, options, how, checkpointing, segments, linear
 ):
-    """Norms of queries and keys leave the product before them to the compiler."""
+    """Norms of queries and keys leave the product before them to the compiler, and an output layer of 67 ids is none that a GPU takes."""
     model = build(num_layers=1, **options)
     model.gradient_checkpointing = checkpointing
     expected = step(model, "eager", segments=segments)
@@ -178,7 +205,9 @@ def test_a_compiled_model_has_nearly_the_gradients_of_an_eager_one(
     assert step(model, "eager", segments=segments)[0] == expected[0], "nothing changes where nothing is compiled"
     assert not on_cpu
     found = step(model, how, segments=segments)
-    assert sorted(on_cpu) == sorted(SWIGLU + checkpointing * ["hidden"] + linear * LINEAR)
+    assert sorted(on_cpu) == sorted(
+        SWIGLU + checkpointing * ["hidden"] + linear * LINEAR + ("vocab_size" in options) * HEAD
+    )
     assert_alike(found, expected)
     assert found[0] != expected[0]
 
@@ -204,6 +233,12 @@ def test_operands_lie_as_a_gpu_reads_them_and_have_the_types_that_it_takes(build
     step(model, "whole")
     # q, k and v, then o, gate and up, and down: one for the output, two for the gradients.
     assert set(seen) == {(E4M3, E4M3, True), (E5M2, E4M3, False)}
+    seen.clear()
+    used = draws(160, 32, seed=1).requires_grad_(), draws(80, 32, seed=2).requires_grad_()
+    limit, targets = used[0].detach().abs().amax().float(), torch.zeros(160, dtype=torch.long)
+    head_float8.logprobs(*used, targets, size=60, limit=limit).sum().backward()
+    # Once more for backward, as it is not compiled here.
+    assert sorted(seen, key=str) == sorted(6 * [(E4M3, E4M3, True)] + 6 * [(E5M2, E4M3, False)], key=str)
     assert on_cpu
 
 
@@ -225,6 +260,42 @@ def test_a_product_is_that_of_the_rounded_factors_and_so_are_its_gradients():
     for found, exact in ((x.grad, grad.float() @ weight), (weight.grad, grad.float().t() @ x.float())):
         assert (found - exact).norm() < 0.1 * exact.norm()
         assert (found - exact).norm() > 0.01 * exact.norm()
+
+
+def test_log_probabilities_of_several_chunks_are_near_the_exact_ones_and_so_are_their_gradients(on_cpu):
+    """160 tokens in chunks of 64, the last of 32; a token that does not count has no gradient."""
+    hidden, weight, grad = draws(160, 32, seed=1), draws(80, 32, seed=2, dtype=torch.float32), draws(160, seed=3)
+    targets = torch.arange(160) % 80
+    grad[5] = 0
+    results = []
+    for limit in (None, hidden.abs().amax().float()):
+        used = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        run = torch.compile(chunked_logprobs, dynamic=False, backend="aot_eager")
+        found = run(*used, targets, compute_dtype=HALF, chunk_bytes=64 * 4 * 80, limit=limit)
+        found.backward(grad.float())
+        results.append((found.detach(), *(t.grad for t in used)))
+    assert on_cpu == 3 * HEAD
+    for found, exact in zip(results[1], results[0], strict=True):
+        assert found.dtype == exact.dtype
+        assert 0.001 * exact.norm() < (found - exact).norm() < 0.1 * exact.norm()
+    assert not results[1][1][5].any()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dim", "vocab", "frozen", "dtype"),
+    [(168, 32, 80, False, HALF), (160, 40, 80, False, HALF), (160, 32, 67, False, HALF), (160, 32, 80, True, HALF)]
+    + [(160, 32, 80, False, torch.float32)],
+)
+def test_log_probabilities_of_other_sizes_stay_in_bfloat16(on_cpu, tokens, dim, vocab, frozen, dtype):
+    hidden, weight = draws(tokens, dim, seed=1).requires_grad_(), nn.Parameter(draws(vocab, dim, seed=2))
+    weight.requires_grad_(not frozen)
+    run = torch.compile(chunked_logprobs, dynamic=False, backend="aot_eager")
+    limit = hidden.detach().abs().amax().float()
+    targets = torch.zeros(tokens, dtype=torch.long)
+    run(hidden, weight, targets, compute_dtype=dtype, chunk_bytes=2**20, limit=limit).sum().backward()
+    with torch.no_grad():
+        run(hidden, weight, targets, compute_dtype=dtype, chunk_bytes=2**20, limit=limit)
+    assert not on_cpu
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -299,7 +370,7 @@ def test_evaluation_and_sizes_that_the_products_do_not_take_stay_in_bfloat16(bui
 def test_narrow_layers_stay_in_bfloat16(on_cpu, monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     monkeypatch.setattr(torch_float8, "MIN_WIDTH", 100)
-    monkeypatch.setattr(torch_float8, "MIN_SWIGLU_WIDTH", 100)
+    monkeypatch.setattr(torch_float8, "MIN_FUSED_WIDTH", 100)
     x = draws(16, 128, seed=0)
     single, wide = nn.Linear(128, 128, bias=False), nn.Linear(128, 512, bias=False)
     down = nn.Linear(512, 128, bias=False)
@@ -366,6 +437,8 @@ def test_what_stands_in_the_way_is_named(monkeypatch):
         ({"num_kv_heads": 2}, "whole", True, True),
         ({}, "parts", True, False),
         ({"qk_norm": True}, "parts", False, True),
+        ({"vocab_size": 80}, "whole", False, False),
+        ({"vocab_size": 80, "hidden_dim": 3072}, "parts", True, False),
     ],
 )
 def test_on_a_gpu_gradients_are_nearly_those_of_bfloat16(
@@ -376,10 +449,12 @@ def test_on_a_gpu_gradients_are_nearly_those_of_bfloat16(
     calls: list[str] = []
     for name in kernels.__all__:
         kernel = getattr(kernels, name)
-        monkeypatch.setattr(kernels, name, lambda *args, name=name, run=kernel: calls.append(name) or run(*args))
+        monkeypatch.setattr(
+            kernels, name, lambda *args, name=name, run=kernel, **options: calls.append(name) or run(*args, **options)
+        )
     monkeypatch.setattr(torch_float8, "MIN_WIDTH", 0)
-    monkeypatch.setattr(torch_float8, "MIN_SWIGLU_WIDTH", 0)
-    model = build(context_length=128, dim=256, hidden_dim=384, **options).cuda()
+    monkeypatch.setattr(torch_float8, "MIN_FUSED_WIDTH", 0)
+    model = build(**{"context_length": 128, "dim": 256, "hidden_dim": 384, **options}).cuda()
     model.gradient_checkpointing = checkpointing
     results = []
     for model.float8 in (False, True):
@@ -389,5 +464,5 @@ def test_on_a_gpu_gradients_are_nearly_those_of_bfloat16(
     linear = 1 if "qk_norm" in options else 2
     expected = ["cast_in_both_orders", "swiglu_gradients", *(1 + checkpointing) * ["swiglu_hidden"], "turned"]
     expected += linear * ["cast_in_both_orders", "turned"]
-    assert sorted(calls) == sorted(2 * expected)
+    assert sorted(calls) == sorted(2 * expected + ("vocab_size" in options) * ["logit_gradients", "turned"])
     assert_alike(results[1], results[0])

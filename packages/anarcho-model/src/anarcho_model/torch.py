@@ -262,6 +262,7 @@ class GPT(nn.Module):
             targets.reshape(-1),
             compute_dtype=compute_dtype(self.head_weight),
             chunk_bytes=self.chunk_bytes(targets.numel()),
+            limit=self.model.norm.limit() if self.float8 else None,
         )
         return logprobs.view(tokens.shape)
 

@@ -9,6 +9,7 @@ Notable:
 * a scale costs a pass over the tensor, and a float needs it only about right, so it comes from a bound where there is one: what a norm
   returns is at most `sqrt(size)` times its largest weight, and a gradient within SwiGLU at most the product of norms and maxima of its
   factors, of which e5m2's 30 powers of two have room for. The hidden layer has a scale for each token, known when its row is;
+* the output layer is treated so by `anarcho_model.logprobs.torch_float8`;
 * layers that are too narrow to gain stay in bfloat16, as does whatever is computed without gradients or is not compiled: answers are those
   of the weights that are saved. A trainer that evaluates with the compiled function of its training has 8-bit products there, too.
 
@@ -31,7 +32,25 @@ from torch import Tensor, nn
 from anarcho_model.config import ModelConfig
 from anarcho_model.layers import torch_cuda
 
-__all__ = ["Limit", "heads_of", "linear", "obstacle", "suits_linear", "suits_swiglu", "swiglu"]
+__all__ = [
+    "ALIGNMENT",
+    "E5M2",
+    "Limit",
+    "Narrow",
+    "heads_of",
+    "linear",
+    "narrow",
+    "narrow_weights",
+    "obstacle",
+    "product",
+    "suits_linear",
+    "suits_swiglu",
+    "swiglu",
+    "turned_inputs",
+    "turned_weights",
+    "unit_of",
+    "wide_enough",
+]
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LARGEST = {E4M3: 448.0, E5M2: 57344.0}
@@ -43,8 +62,8 @@ MIN_CAPABILITY = (8, 9)
 """The first GPUs that multiply 8-bit floats."""
 MIN_WIDTH = 1024
 """Of inputs times outputs over their sum: from there on a product gains more than casts of both cost."""
-MIN_SWIGLU_WIDTH = 512
-"""The same of SwiGLU, whose kernels cast what they compute anyway."""
+MIN_FUSED_WIDTH = 512
+"""The same of SwiGLU and of the output layer, whose kernels cast what they compute anyway."""
 
 Limit = Float[Tensor, ""]
 """A bound of the absolute values of a tensor: a number on its device."""
@@ -73,7 +92,7 @@ def obstacle(config: ModelConfig, device: torch.device) -> str | None:
     for name, size in sizes.items():
         if size % ALIGNMENT:
             return f"{name} is {size}; expected a multiple of {ALIGNMENT}"
-    if _width(config.dim, 3 * config.ffn_size) < MIN_SWIGLU_WIDTH:
+    if not wide_enough(config.dim, 3 * config.ffn_size):
         return f"model.dim is {config.dim} and model.hidden_dim {config.ffn_size}, too narrow to gain anything; expected wider ones"
     return None
 
@@ -88,8 +107,12 @@ def suits_swiglu(
     x: Float[Tensor, "tokens inputs"], gate: nn.Linear, up: nn.Linear, down: nn.Linear, *, dtype: torch.dtype
 ) -> bool:
     """The same of a whole feed-forward layer."""
-    wide = _width(gate.in_features, 3 * gate.out_features) >= MIN_SWIGLU_WIDTH
-    return wide and _possible(x, gate, up, down, dtype=dtype)
+    return wide_enough(gate.in_features, 3 * gate.out_features) and _possible(x, gate, up, down, dtype=dtype)
+
+
+def wide_enough(inputs: int, outputs: int) -> bool:
+    """Whether products whose operands are cast by what computes them gain."""
+    return _width(inputs, outputs) >= MIN_FUSED_WIDTH
 
 
 def _possible(x: Tensor, *layers: nn.Linear, dtype: torch.dtype) -> bool:
@@ -110,24 +133,24 @@ def _limit(*tensors: Tensor) -> Limit:
     return (tops[0] if len(tops) == 1 else torch.stack(tops).amax()).float()
 
 
-def _unit(limit: Limit, dtype: torch.dtype) -> Float[Tensor, ""]:
+def unit_of(limit: Limit, dtype: torch.dtype) -> Float[Tensor, ""]:
     """The unit in which ``limit`` is the largest number of ``dtype``."""
     return limit.clamp(min=SMALLEST_LIMIT) / LARGEST[dtype]
 
 
-def _narrow(x: Tensor, limit: Limit) -> Narrow:
+def narrow(x: Tensor, limit: Limit) -> Narrow:
     """Inputs as they are read in forward; no number is larger than ``limit``."""
-    unit = _unit(limit.float(), E4M3)
+    unit = unit_of(limit.float(), E4M3)
     return Narrow((x.float() * unit.reciprocal()).to(E4M3), unit)
 
 
-def _narrow_weights(weights: Sequence[Tensor]) -> Narrow:
+def narrow_weights(weights: Sequence[Tensor]) -> Narrow:
     """Weights below each other, with one unit."""
-    unit = _unit(_limit(*weights), E4M3)
+    unit = unit_of(_limit(*weights), E4M3)
     return Narrow((torch.cat(list(weights)).float() * unit.reciprocal()).to(E4M3), unit)
 
 
-def _product(a: Narrow, b: Narrow, *, fast: bool = False) -> Float[Tensor, "rows columns"]:
+def product(a: Narrow, b: Narrow, *, fast: bool = False) -> Float[Tensor, "rows columns"]:
     """a (rows, summed) by the transpose of b (columns, summed), in bfloat16.
 
     A ``fast`` one adds up to 14 bits or so instead of float32's, as is usual for outputs but not for gradients.
@@ -137,19 +160,19 @@ def _product(a: Narrow, b: Narrow, *, fast: bool = False) -> Float[Tensor, "rows
     )
 
 
-def _turned(x: Narrow, grad: Narrow) -> Narrow:
+def turned_inputs(x: Narrow, grad: Narrow) -> Narrow:
     """The transpose, in memory too, made when the gradient is there."""
     return Narrow(turned(x.values, grad.unit), x.unit)
 
 
-def _turned_weights(weights: Narrow) -> Narrow:
+def turned_weights(weights: Narrow) -> Narrow:
     """The same of weights, which are small: left to the compiler."""
     return Narrow(weights.values.t().contiguous(), weights.unit)
 
 
 def _gradient_in_both_orders(grad: Tensor, limit: Limit) -> tuple[Narrow, Narrow]:
     """A gradient in e5m2, and its transpose."""
-    unit = _unit(limit, E5M2)
+    unit = unit_of(limit, E5M2)
     rows, columns = cast_in_both_orders(grad, unit.reciprocal())
     return Narrow(rows, unit), Narrow(columns, unit)
 
@@ -158,13 +181,13 @@ def linear(
     x: Float[Tensor, "tokens inputs"], weight: Float[Tensor, "outputs inputs"]
 ) -> Float[Tensor, "tokens outputs"]:
     """What a linear layer makes of ``x``, in bfloat16."""
-    inputs = _narrow(x.detach(), _limit(x.detach()))
-    return _linear(x, weight.to(torch.bfloat16), *inputs, *_narrow_weights([weight.detach()]))
+    inputs = narrow(x.detach(), _limit(x.detach()))
+    return _linear(x, weight.to(torch.bfloat16), *inputs, *narrow_weights([weight.detach()]))
 
 
 def _linear_forward(x: Tensor, weight: Tensor, x8: Tensor, x_unit: Tensor, w8: Tensor, w_unit: Tensor) -> Tensor:
     del x, weight
-    return _product(Narrow(x8, x_unit), Narrow(w8, w_unit), fast=True)
+    return product(Narrow(x8, x_unit), Narrow(w8, w_unit), fast=True)
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -174,8 +197,8 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def _linear_gradients(grad: Tensor, x8: Tensor, x_unit: Tensor, w8: Tensor, w_unit: Tensor) -> tuple[Tensor, Tensor]:
     """Of input and weight."""
     rows, columns = _gradient_in_both_orders(grad, _limit(grad))
-    grad_x = _product(rows, _turned_weights(Narrow(w8, w_unit)))
-    return grad_x, _product(columns, _turned(Narrow(x8, x_unit), columns))
+    grad_x = product(rows, turned_weights(Narrow(w8, w_unit)))
+    return grad_x, product(columns, turned_inputs(Narrow(x8, x_unit), columns))
 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
@@ -204,7 +227,7 @@ def heads_of(
     Float[Tensor, "batch kv length head"],
 ]:
     """q and k, rotated, and v, in bfloat16, of these three weights; no number of ``x`` is larger than ``limit``."""
-    inputs, own = _narrow(x.detach(), limit.detach()), _narrow_weights([weight.detach() for weight in weights])
+    inputs, own = narrow(x.detach(), limit.detach()), narrow_weights([weight.detach() for weight in weights])
     return _heads_of(x, torch.cat(weights).to(torch.bfloat16), *inputs, *own, cos, sin, heads, kv_heads)
 
 
@@ -252,8 +275,8 @@ def swiglu(
     limit: Limit,
 ) -> Float[Tensor, "tokens outputs"]:
     """`down(silu(gate(x)) * up(x))` of these weights, in bfloat16; no number of ``x`` is larger than ``limit``."""
-    inputs = _narrow(x.detach(), limit.detach())
-    first, second = _narrow_weights([gate.detach(), up.detach()]), _narrow_weights([down.detach()])
+    inputs = narrow(x.detach(), limit.detach())
+    first, second = narrow_weights([gate.detach(), up.detach()]), narrow_weights([down.detach()])
     wide = torch.cat((gate, up)).to(torch.bfloat16), down.to(torch.bfloat16)
     return _swiglu(x, *wide, *inputs, *first, *second)[0]
 
@@ -273,10 +296,10 @@ def _swiglu_forward(
     of gate and up.
     """
     del x, gate_up_weight, down_weight
-    gate_up = _product(Narrow(x8, x_unit), Narrow(first8, first_unit), fast=True)
+    gate_up = product(Narrow(x8, x_unit), Narrow(first8, first_unit), fast=True)
     hidden, units, factors = swiglu_hidden(gate_up)
-    product = _product(Narrow(hidden, torch.ones_like(x_unit)), Narrow(second8, second_unit), fast=True)
-    return (product.float() * units).to(torch.bfloat16), gate_up, units.amax(), factors.amax()
+    made = product(Narrow(hidden, torch.ones_like(x_unit)), Narrow(second8, second_unit), fast=True)
+    return (made.float() * units).to(torch.bfloat16), gate_up, units.amax(), factors.amax()
 
 
 SILU_SLOPE = 1.1
@@ -292,14 +315,14 @@ def _swiglu_backward(ctx: Any, grad: Tensor, *_others: object) -> tuple[Tensor |
     rows, columns = _gradient_in_both_orders(grad, _limit(grad))
     # A number of the hidden layer's gradient is the product of a row of `grad` and a column of the weight.
     column_lengths = second8.float().square().sum(0).amax().sqrt() * second_unit
-    unit = _unit(SILU_SLOPE * ROUNDING * lengths * column_lengths * factor_limit, E5M2)
-    grad_hidden = _product(rows, _turned_weights(second))
+    unit = unit_of(SILU_SLOPE * ROUNDING * lengths * column_lengths * factor_limit, E5M2)
+    grad_hidden = product(rows, turned_weights(second))
     gradient, turned_gradient, turned_hidden = swiglu_gradients(
         gate_up, grad_hidden, unit.reciprocal(), hidden_unit.reciprocal()
     )
-    grad_x = _product(Narrow(gradient, unit), _turned_weights(first))
-    grad_first = _product(Narrow(turned_gradient, unit), _turned(Narrow(x8, x_unit), columns))
-    grad_second = _product(columns, Narrow(turned_hidden, hidden_unit))
+    grad_x = product(Narrow(gradient, unit), turned_weights(first))
+    grad_first = product(Narrow(turned_gradient, unit), turned_inputs(Narrow(x8, x_unit), columns))
+    grad_second = product(columns, Narrow(turned_hidden, hidden_unit))
     return grad_x, grad_first, grad_second, *(None,) * 6
 
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["cast_in_both_orders", "swiglu_gradients", "swiglu_hidden", "turned"]
+__all__ = ["cast_in_both_orders", "logit_gradients", "swiglu_gradients", "swiglu_hidden", "turned"]
 
 ROWS, COLUMNS = 64, 128
 """Of a tile: the fastest of those that `benchmarks/float8_products.py` tries, for every kernel here that has tiles."""
@@ -166,6 +166,67 @@ def swiglu_gradients(
     )
     e5m2, e4m3 = torch.float8_e5m2, torch.float8_e4m3fn
     return gradient.view(e5m2), turned_gradient.view(e5m2), turned_hidden.view(e4m3)
+
+
+@triton.jit
+def _logit_kernel(
+    logits,
+    normalisers,
+    targets,
+    grad_output,
+    scale,
+    rows,
+    columns,
+    tokens,
+    VOCABULARY: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """(one-hot(target) - softmax) times the gradient of a token's log-probability."""
+    blocks: tl.constexpr = (VOCABULARY + COLUMNS - 1) // COLUMNS
+    program = tl.program_id(0)
+    row = ((program // blocks) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = (program % blocks) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (row[:, None] < tokens) & (column[None, :] < VOCABULARY)
+    logit = tl.load(logits + row[:, None] * VOCABULARY + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    normaliser = tl.load(normalisers + row, mask=row < tokens, other=0.0)
+    target = tl.load(targets + row, mask=row < tokens, other=0)
+    grad = tl.load(grad_output + row, mask=row < tokens, other=0.0) * tl.load(scale)
+    hit = (column[None, :] == target[:, None]).to(tl.float32)
+    tile = _e5m2((hit - tl.exp(logit - normaliser[:, None])) * grad[:, None])
+    _store_in_both_orders(tile, rows, columns, row, column, VOCABULARY, tokens, tokens, VOCABULARY, ONLY_TURNED=False)
+
+
+def logit_gradients(
+    logits: Float[Tensor, "tokens vocab"],
+    normalisers: Float[Tensor, " tokens"],
+    targets: Int[Tensor, " tokens"],
+    grad_output: Float[Tensor, " tokens"],
+    scale: Float[Tensor, ""],
+) -> tuple[Float[Tensor, "tokens vocab"], Float[Tensor, "vocab tokens"]]:
+    """The gradient of logits, times ``scale`` in e5m2, and its transpose, each contiguous.
+
+    It is that of each token's log-probability of its target, which is the logit less the normaliser; ``grad_output`` is the gradient of these.
+    """
+    logits = logits.contiguous()
+    tokens, vocabulary = logits.shape
+    rows = logits.new_empty((tokens, vocabulary), dtype=torch.uint8)
+    columns = logits.new_empty((vocabulary, tokens), dtype=torch.uint8)
+    _logit_kernel[_grid(tokens, vocabulary)](
+        logits,
+        normalisers.contiguous(),
+        targets.contiguous(),
+        grad_output.contiguous(),
+        scale,
+        rows,
+        columns,
+        tokens,
+        VOCABULARY=vocabulary,
+        ROWS=ROWS,
+        COLUMNS=COLUMNS,
+        num_warps=WARPS,
+    )
+    return rows.view(torch.float8_e5m2), columns.view(torch.float8_e5m2)
 
 
 @triton.jit

@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from anarcho_model.layers.torch_cpu import transposed_product
+from anarcho_model.logprobs import torch_float8
 from anarcho_model.logprobs.chunks import chunk_tokens, keeps_logits
 
 __all__ = ["chunked_logprobs"]
@@ -35,13 +36,17 @@ def chunked_logprobs(
     *,
     compute_dtype: torch.dtype,
     chunk_bytes: int,
+    limit: torch_float8.Limit | None = None,
 ) -> Float[Tensor, " tokens"]:
     """`log_softmax(hidden @ weight.T)` at `targets`, in float32 (float64 for float64 weights), differentiable once.
 
-    `chunk_bytes` bounds the float32 logits of one chunk; `compute_dtype` is the element type of the matrix products.
+    `chunk_bytes` bounds the float32 logits of one chunk; `compute_dtype` is the element type of the matrix products. With a ``limit``,
+    above all numbers of ``hidden``, products are in 8-bit floats where that gains.
     """
     shape = {"vocab_size": weight.shape[0], "chunk_bytes": chunk_bytes}
     size = chunk_tokens(hidden.shape[0], **shape)
+    if limit is not None and torch_float8.suits(hidden, weight, dtype=compute_dtype):
+        return torch_float8.logprobs(hidden, weight, targets.long(), size=size, limit=limit)
     keeps = torch.is_grad_enabled() and keeps_logits(hidden.shape[0], dtype_bytes=compute_dtype.itemsize, **shape)
     return _ChunkedLogprobs.apply(hidden, weight, targets.long(), size, compute_dtype, keeps)  # pyright: ignore[reportReturnType]
 
