@@ -283,8 +283,13 @@ def test_log_probabilities_of_several_chunks_are_near_the_exact_ones_and_so_are_
 
 @pytest.mark.parametrize(
     ("tokens", "dim", "vocab", "frozen", "dtype"),
-    [(168, 32, 80, False, HALF), (160, 40, 80, False, HALF), (160, 32, 67, False, HALF), (160, 32, 80, True, HALF)]
-    + [(160, 32, 80, False, torch.float32)],
+    [
+        (168, 32, 80, False, HALF),
+        (160, 40, 80, False, HALF),
+        (160, 32, 67, False, HALF),
+        (160, 32, 80, True, HALF),
+        (160, 32, 80, False, torch.float32),
+    ],
 )
 def test_log_probabilities_of_other_sizes_stay_in_bfloat16(on_cpu, tokens, dim, vocab, frozen, dtype):
     hidden, weight = draws(tokens, dim, seed=1).requires_grad_(), nn.Parameter(draws(vocab, dim, seed=2))

@@ -206,7 +206,7 @@ def logit_gradients(
 ) -> tuple[Float[Tensor, "tokens vocab"], Float[Tensor, "vocab tokens"]]:
     """The gradient of logits, times ``scale`` in e5m2, and its transpose, each contiguous.
 
-    It is that of each token's log-probability of its target, which is the logit less the normaliser; ``grad_output`` is the gradient of these.
+    Of the log-probability of each token's target, its logit less the normaliser; ``grad_output`` is the gradient of these.
     """
     logits = logits.contiguous()
     tokens, vocabulary = logits.shape
