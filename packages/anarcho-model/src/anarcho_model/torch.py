@@ -245,7 +245,8 @@ class GPT(nn.Module):
         """Log-probability in nats of each target after its token and all before it: float32, differentiable once.
 
         Every target must be a valid id; positions that do not count are weighted with 0 by the caller. At most
-        `logits_chunk_bytes` of logits exist at a time, in forward and in backward. Arguments and errors otherwise as in
+        `logits_chunk_bytes` of float32 logits exist at a time, in forward and in backward; compiled, all exist in the compute dtype
+        between the two. Arguments and errors otherwise as in
         `hidden_states`.
         """
         hidden = self.hidden_states(

@@ -4,7 +4,8 @@ Every loss is a function of these numbers, and the logits behind them are the la
 sequences of 4096 tokens and 32000 ids: 8 GB in float32). Notable:
 
 * forward keeps one float32 normaliser a token and drops the logits, backward computes them again, so that never more
-  than one chunk exists; only where all of them in half precision are no larger than that, they are kept;
+  than one chunk exists; only where all of them in half precision are no larger than that, they are kept, and where a compiler finds both
+  products in one graph: it makes one of them and keeps its result in the compute dtype;
 * matrix products run in the compute dtype that autocast asks for, normalisers and probabilities are float32 (float64
   for float64 inputs);
 * backward casts by itself, because autocast is over by then;
