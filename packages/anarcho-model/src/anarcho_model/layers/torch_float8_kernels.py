@@ -18,7 +18,7 @@ from torch import Tensor
 __all__ = ["cast_in_both_orders", "logit_gradients", "swiglu_gradients", "swiglu_hidden", "turned"]
 
 ROWS, COLUMNS = 64, 128
-"""Of a tile: the fastest of those that `benchmarks/float8_products.py` tries, for every kernel here that has tiles."""
+"""Of a tile: among the fastest of those that `benchmarks/float8_products.py` tries, for every kernel here that has tiles."""
 WARPS = 8
 HIDDEN_WARPS = 4
 """Of a program that has a row of the hidden layer."""
